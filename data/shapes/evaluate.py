@@ -1,0 +1,210 @@
+"""
+Measures a VLV on held-out scenes of the shapes world, where the truth is known.
+
+    python data/shapes/evaluate.py --ckpt data/shapes/vlv        # 1,000 scenes, about ten minutes on two cores
+
+Captions: how many are exactly right, order free, and how many of their attributes. Pictures: pixel error, and what is
+seen in them: an object counts as found where one is drawn, its colour, shape, size and place are each compared with
+the true scene's, and its position in pixels. The first row measures the eye itself, on the original pictures.
+"""
+
+import argparse
+import json
+import re
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the repository, for vlv.py and sample.py
+
+import torch
+from PIL import Image
+from prepare import BACKGROUNDS, COLORS, PLACES, RESOLUTION, SHAPES, SIZES, SPLITS
+from prepare import coverage, describe, describe_precisely, draw, scenes
+from tqdm import tqdm
+
+from sample import quiet
+from vlv import VLV
+
+ATTRIBUTES = ("size", "color", "shape", "place")
+BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # half width between small and large
+
+
+def parse(caption: str) -> dict:
+    """What a caption says: {"background": name or None, "objects": [{size, color, shape, place}, ...]}."""
+    words = [f"(?P<{n}>{'|'.join(sorted(w, key=len, reverse=True))})"
+             for n, w in [("size", SIZES), ("color", COLORS), ("shape", SHAPES), ("place", PLACES)]]  # fmt: skip
+    things = re.finditer(r"\ba {} {} {} at the {}\b".format(*words), caption)
+    background = re.search(rf"on a ({'|'.join(BACKGROUNDS)}) background$", caption)
+    return dict(background=background and background[1], objects=[m.groupdict() for m in things])
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected regions of a boolean picture, each as a boolean picture."""
+    left, regions = mask.copy(), []
+    while left.any():
+        region = np.zeros_like(mask)
+        region[np.unravel_index(left.argmax(), mask.shape)] = True
+        while True:
+            grown = region.copy()
+            grown[1:] |= region[:-1]
+            grown[:-1] |= region[1:]
+            grown[:, 1:] |= region[:, :-1]
+            grown[:, :-1] |= region[:, 1:]
+            grown &= mask
+            if (grown == region).all():
+                break
+            region = grown
+        regions.append(region)
+        left &= ~region
+    return regions
+
+
+def see(image: Image.Image) -> dict:
+    """Finds the shapes in a picture: a scene as prepare.sample_scene makes it, without knowing the true one.
+
+    Regions unlike the background, each of the palette's nearest colour; area and centroid then give position and
+    size for each kind of shape, and the kind whose drawing is nearest is taken.
+    """
+    pixels = np.asarray(image, dtype=np.float64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # shapes keep away from it
+    ground = np.median(border, axis=0)
+    nearest = lambda color, palette: min(palette, key=lambda name: np.abs(color - palette[name]).sum())
+    objects = []
+    difference = np.linalg.norm(pixels - ground, axis=-1)
+    for region in components(difference > 45):
+        if region.sum() < 8:
+            continue
+        core = region & (difference >= np.quantile(difference[region], 0.5))
+        color = np.median(pixels[core], axis=0)
+        around = region.copy()  # and the half covered pixels at its edge
+        for shift, axis in [(1, 0), (-1, 0), (1, 1), (-1, 1)]:
+            around |= np.roll(region, shift, axis)
+        direction = (color - ground) / max(1, np.square(color - ground).sum())
+        alpha = np.clip((pixels - ground) @ direction, 0, 1) * around
+        area = alpha.sum()
+        v, u = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
+        x, y = (alpha * u).sum() / area, (alpha * v).sum() / area
+        fits = []
+        for shape, r, dy in [("circle", (area / np.pi) ** 0.5, 0), ("square", area**0.5 / 1.8, 0),
+                             ("triangle", (area / 2) ** 0.5, (area / 2) ** 0.5 / 3)]:  # fmt: skip
+            error = np.square(coverage(shape, x, y - dy, r) - alpha).sum()
+            fits.append((error, dict(shape=shape, x=x, y=y - dy, r=r)))
+        found = min(fits, key=lambda fit: fit[0])[1]
+        column, row = (min(2, int(3 * found[axis] / RESOLUTION)) for axis in "xy")
+        objects.append(found | dict(color=nearest(color, COLORS), size="small" if found["r"] < BORDER else "large",
+                                    place=PLACES[max(0, row) * 3 + max(0, column)]))  # fmt: skip
+    return dict(background=nearest(ground, BACKGROUNDS), objects=objects)
+
+
+def pair(truth: list[dict], found: list[dict], cost) -> list[tuple]:
+    """Pairs each true object with at most one found, at the least total cost: [(true, found or None), ...]."""
+    candidates = sorted(found, key=lambda f: min(cost(t, f) for t in truth))[:4]
+    candidates += [None] * len(truth)
+    total = lambda order: sum(1e3 if f is None else cost(t, f) for t, f in zip(truth, order))
+    return list(zip(truth, min(permutations(candidates, len(truth)), key=total)))
+
+
+def score_captions(truths: list[dict], captions: list[str]) -> dict:
+    exact = right = attributes = 0
+    wrong = lambda t, f: sum(t[a] != f[a] for a in ATTRIBUTES)
+    for truth, caption in zip(truths, captions):
+        said = parse(caption)
+        pairs = pair(truth["objects"], said["objects"], wrong)
+        errors = sum(len(ATTRIBUTES) if f is None else wrong(t, f) for t, f in pairs)
+        errors += truth["background"] != said["background"]
+        count = len(ATTRIBUTES) * len(truth["objects"]) + 1
+        right, attributes = right + count - errors, attributes + count
+        exact += errors == 0 and len(said["objects"]) == len(truth["objects"])
+    return dict(exact=exact / len(truths), attributes=right / attributes)
+
+
+def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
+    """PSNR in dB (the mean over pictures), the shares of true objects found and rightly drawn, the mean distance of
+    the found ones in pixels, and the share of pictures with nothing wrong."""
+    distance = lambda t, f: np.hypot(t["x"] - f["x"], t["y"] - f["y"])
+    psnr, rows, offsets, perfect = [], [], [], []
+    for truth, picture in zip(truths, pictures):
+        error = np.square(np.asarray(draw(truth), float) - np.asarray(picture, float)).mean()
+        psnr.append(10 * np.log10(255**2 / max(error, 1e-2)))
+        seen = see(picture)
+        pairs = pair(truth["objects"], seen["objects"], distance)
+        here = [[f is not None] + [f is not None and t[a] == f[a] for a in ATTRIBUTES] for t, f in pairs]
+        offsets += [distance(t, f) for t, f in pairs if f is not None]
+        all_right = np.all(here) and len(seen["objects"]) == len(pairs) and seen["background"] == truth["background"]
+        perfect.append(bool(all_right))
+        rows += here
+    shares = dict(zip(("found",) + ATTRIBUTES, np.mean(rows, axis=0).tolist()))
+    return dict(psnr=float(np.mean(psnr)), **shares, offset=float(np.mean(offsets or [np.nan])), perfect=np.mean(perfect))
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ckpt", default=str(HERE / "vlv"))
+    parser.add_argument("--images", type=int, default=SPLITS["val"], help="of the validation scenes")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--num_beams", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    args = parser.parse_args()
+    quiet()
+    try:
+        model = VLV.from_pretrained(args.ckpt)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    decoder, captioner = model.decoder, model.caption_head
+    truths = list(scenes("val", args.images))
+    originals = torch.stack([torch.from_numpy(np.array(draw(t))).permute(2, 0, 1) for t in truths])
+    options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, seed=args.seed)
+    rows = {"original": [], "VAE alone": [], "embedding": [], "generated caption": [], "true caption": [],
+            "true caption with map": [], "embedding of another": []}  # fmt: skip
+    captions, ended, losses = [], [], {"empty prompt": [], "true caption": [], "embedding": []}
+    prompt_embeds = torch.cat([model(batch, embed_only=True) for batch in originals.split(args.batch_size)])
+    for at in tqdm(range(0, len(truths), args.batch_size), desc="evaluating", unit=" batches"):
+        here = slice(at, at + args.batch_size)
+        images, embeds = originals[here], prompt_embeds[here]
+        rows["original"] += [draw(t) for t in truths[here]]
+        decoded = decoder.vae.decode(decoder.vae.encode(images / 127.5 - 1).latent_dist.mode()).sample
+        rows["VAE alone"] += decoder.pipeline.image_processor.postprocess(decoded)
+        rows["embedding"] += decoder.reconstruct(embeds, **options)
+        others = prompt_embeds.roll(1, 0)[here]
+        rows["embedding of another"] += decoder.reconstruct(others, **options)
+        true_captions = [describe(t) for t in truths[here]]
+        rows["true caption"] += decoder.reconstruct(true_captions, **options)
+        rows["true caption with map"] += decoder.reconstruct([describe_precisely(t) for t in truths[here]], **options)
+        encode = lambda texts: decoder.pipeline.encode_prompt(texts, embeds.device, 1, False)[0]
+        seeds = range(at, at + len(images))
+        for name, c in [("empty prompt", encode([""] * len(images))), ("true caption", encode(true_captions)),
+                        ("embedding", embeds)]:  # fmt: skip
+            losses[name].append((decoder.denoising_loss(images, c, seeds).item(), len(images)))
+        if captioner is not None:
+            pairs = captioner.generate_with_ends(embeds, args.num_beams)
+            captions += [caption for caption, _ in pairs]
+            ended += [end for _, end in pairs]
+            rows["generated caption"] += decoder.reconstruct(captions[here], **options)
+    result = {"images": len(truths)}
+    print(f"{args.ckpt} on {len(truths)} held-out scenes, {args.num_inference_steps} steps, guidance {args.guidance_scale}")
+    result["denoising_loss"] = {k: sum(v * n for v, n in pairs) / len(truths) for k, pairs in losses.items()}
+    print("denoising loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in result["denoising_loss"].items()))
+    if captioner is not None:
+        result["captions"] = score_captions(truths, captions) | dict(ended=float(np.mean(ended)))
+        print("captions: {exact:.1%} exactly right, {attributes:.2%} of attributes right, {ended:.1%} ended by"
+              " themselves".format(**result["captions"]))  # fmt: skip
+    print(f"{'redrawn from':22} PSNR dB | found  colour  shape   size  place | all right | off by px")
+    for name, pictures in rows.items():
+        if pictures:
+            s = result[name] = score_pictures(truths, pictures)
+            print(f"{name:22} {s['psnr']:7.2f} | {s['found']:5.1%}  {s['color']:6.1%} {s['shape']:6.1%} {s['size']:6.1%}"
+                  f" {s['place']:6.1%} | {s['perfect']:9.1%} | {s['offset']:.2f}")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

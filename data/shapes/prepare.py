@@ -1,0 +1,150 @@
+"""
+Draws the shapes world: small pictures of coloured shapes, and captions that say what words can.
+
+    python data/shapes/prepare.py            # 30,000 training and 1,000 validation scenes, seconds
+
+writes data/shapes/{train,val}/00000.tar, ... with KEY.png, KEY.txt and KEY.json, as img2dataset writes them.
+Position and size vary continuously while the caption names only one of nine places and one of two sizes, so an
+image embedding can know more than the caption. No validation caption occurs in training. See readme.md.
+"""
+
+import argparse
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+RESOLUTION = 32  # pixels; small enough to train on a laptop
+COLORS = {
+    "red": (225, 35, 35),
+    "yellow": (245, 215, 40),
+    "green": (40, 165, 60),
+    "cyan": (60, 210, 225),
+    "blue": (40, 70, 225),
+    "purple": (165, 50, 200),
+}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (15, 15, 15), "brown": (110, 72, 40)}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": (2.8, 3.8), "large": (5.0, 6.5)}  # range of the half width, in pixels
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+JITTER = 3.5  # pixels around a place's middle, less than half the distance of two places: no borderline captions
+MAP = "abcdefghijklmnop"  # columns and rows of 2 pixels, for exact descriptions
+SPLITS = {"train": 30_000, "val": 1_000}
+
+
+def sample_scene(rng: np.random.Generator) -> dict:
+    """A random scene: {"background": name, "objects": [{size, color, shape, place, x, y, r}, ...]}, x, y and half
+    width r in pixels, objects in reading order, at different places, none overlapping another or the border."""
+    count = rng.choice([1, 2, 3], p=[0.2, 0.4, 0.4])
+    while True:
+        objects = []
+        for place in sorted(rng.choice(9, size=count, replace=False)):
+            size = str(rng.choice(list(SIZES)))
+            r = rng.uniform(*SIZES[size])
+            middle = (np.array([place % 3, place // 3]) + 0.5) * RESOLUTION / 3
+            low = np.maximum(middle - JITTER, r + 0.5)
+            high = np.minimum(middle + JITTER, RESOLUTION - r - 0.5)
+            x, y = rng.uniform(low, high)
+            objects.append(dict(size=size, color=str(rng.choice(list(COLORS))), shape=str(rng.choice(SHAPES)),
+                                place=PLACES[place], x=round(x, 3), y=round(y, 3), r=round(r, 3)))  # fmt: skip
+        pairs = [(a, b) for i, a in enumerate(objects) for b in objects[:i]]
+        # squares reach furthest at their corners; a pixel and a half of background always stays between two shapes
+        if all(max(abs(a["x"] - b["x"]), abs(a["y"] - b["y"])) > a["r"] + b["r"] + 1.5 for a, b in pairs):
+            return dict(background=str(rng.choice(list(BACKGROUNDS))), objects=objects)
+
+
+def coverage(shape: str, x: float, y: float, r: float) -> np.ndarray:
+    """The share of each pixel that the shape covers, (32, 32) in [0, 1], from the signed distance to its outline."""
+    v, u = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
+    u, v = u - x, v - y
+    if shape == "circle":
+        distance = np.hypot(u, v) - r
+    elif shape == "square":
+        distance = np.maximum(abs(u), abs(v)) - 0.9 * r  # 0.9: looks as large as the circle
+    elif shape == "triangle":  # standing on its base, as wide as high
+        distance = np.maximum(v - r, (2 * abs(u) - (v + r)) / 5**0.5)
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def draw(scene: dict) -> Image.Image:
+    """The scene as an RGB picture, anti-aliased, so that sub-pixel positions can be seen."""
+    pixels = np.ones((RESOLUTION, RESOLUTION, 3)) * BACKGROUNDS[scene["background"]]
+    for o in scene["objects"]:
+        alpha = coverage(o["shape"], o["x"], o["y"], o["r"])[..., None]
+        pixels = pixels * (1 - alpha) + alpha * COLORS[o["color"]]
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def describe(scene: dict) -> str:
+    """The caption: "a small blue circle at the top left and a large red square at the bottom on a white background"."""
+    things = [f"a {o['size']} {o['color']} {o['shape']} at the {o['place']}" for o in scene["objects"]]
+    return " and ".join(things) + f" on a {scene['background']} background"
+
+
+def describe_precisely(scene: dict) -> str:
+    """The caption with map references, "a small blue circle at k f size c": column and row (2 pixels each) and size
+    (0.4 pixels each) as letters. The drawing model has read such texts too; captions never are like that."""
+    things = [
+        f"a {o['size']} {o['color']} {o['shape']} at {MAP[int(o['x'] / 2)]} {MAP[int(o['y'] / 2)]}"
+        f" size {MAP[int((o['r'] - SIZES['small'][0]) / 0.4)]}"
+        for o in scene["objects"]
+    ]
+    return " and ".join(things) + f" on a {scene['background']} background"
+
+
+def scenes(split: str, count: int, seed: int = 0, exclude: set[str] = frozenset()):
+    """Yields `count` scenes whose captions are not in `exclude`; scene i depends on (seed, split, i) alone."""
+    for i in range(count):
+        rng = np.random.default_rng([seed, *split.encode(), i])
+        scene = sample_scene(rng)
+        while exclude and describe(scene) in exclude:
+            scene = sample_scene(rng)
+        yield scene
+
+
+def validation_captions(seed: int = 0) -> set[str]:
+    """What no training or pretraining scene may say."""
+    return {describe(scene) for scene in scenes("val", SPLITS["val"], seed)}
+
+
+def write_shard(path: Path, items) -> None:
+    """Writes [(key, scene), ...] as one tar; complete or absent, because it is written beside and renamed."""
+    temporary = path.with_suffix(".tmp")
+    with tarfile.open(temporary, "w") as tar:
+        for key, scene in items:
+            png = io.BytesIO()
+            draw(scene).save(png, "png")
+            for ending, data in [("png", png.getvalue()), ("txt", describe(scene).encode()),
+                                 ("json", json.dumps(scene).encode())]:  # fmt: skip
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for train/ and val/")
+    parser.add_argument("--train", type=int, default=SPLITS["train"], help="number of training scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard_size", type=int, default=10_000, help="scenes a tar")
+    args = parser.parse_args()
+    held_out = validation_captions(args.seed)
+    for split, count in [("train", args.train), ("val", SPLITS["val"])]:
+        (args.out / split).mkdir(parents=True, exist_ok=True)
+        stream = scenes(split, count, args.seed, exclude=held_out if split == "train" else frozenset())
+        stream = enumerate(tqdm(stream, total=count, desc=split, unit=" scenes"))
+        for shard in range(-(-count // args.shard_size)):
+            size = min(args.shard_size, count - shard * args.shard_size)
+            items = ((f"{i:09d}", scene) for i, scene in (next(stream) for _ in range(size)))
+            write_shard(args.out / split / f"{shard:05d}.tar", items)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""
+Makes the shapes world's "pretrained" models from scratch; what it made is committed, so nobody has to run it.
+
+    python data/shapes/pretrain.py           # about an hour on two cores
+
+writes, each an ordinary save_pretrained folder,
+
+    models/sd         a Stable Diffusion: VAE, CLIP text encoder and UNet, trained to draw what a text says
+    models/florence   a Florence-2, trained on captioning as the real one was
+    models/qwen       a Qwen2 that has read captions and never saw a picture
+
+The drawing model reads two kinds of text, as the real one's alt-texts range from vague to exact: the world's
+captions, and the same with map references ("a small blue circle at k f size c"). The other two know captions only.
+A finished part is skipped: delete its folder to make it again.
+"""
+
+import argparse
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from prepare import MAP, RESOLUTION, describe, describe_precisely, draw, scenes, validation_captions
+from tqdm import tqdm
+from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+HERE = Path(__file__).parent
+CONTEXT = 40  # CLIP positions: the longest text has 37 tokens
+
+
+def fit(name, modules, loss_of, steps, lr, batch_size, count, precision=torch.float32):
+    """AdamW with a short warm-up and a cosine to zero; `loss_of(indices)` returns the loss of those scenes."""
+    params = [p for m in modules for p in m.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+    shape = lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    for m in modules:
+        m.train()
+    bar, mean = tqdm(range(steps), desc=name, mininterval=5), None
+    print(f"{name}: {sum(p.numel() for p in params):,} parameters", flush=True)
+    for step in bar:
+        indices = torch.randint(count, (batch_size,))
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = loss_of(indices)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{mean:.4f}")
+    for m in modules:
+        m.eval().requires_grad_(False)
+    return mean
+
+
+def train_vae(images, steps):
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 64, 64], layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=RESOLUTION)  # fmt: skip
+
+    def loss_of(indices):
+        x = images[indices].float() / 127.5 - 1
+        posterior = vae.encode(x).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - x
+        return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().mean()
+
+    fit("vae", [vae], loss_of, steps, lr=1e-3, batch_size=64, count=len(images), precision=torch.bfloat16)
+    return vae
+
+
+@torch.no_grad()
+def encode_images(vae, images):
+    """Means and standard deviations of all latents, (n, 4, 8, 8) each."""
+    parts = [vae.encode(chunk.float() / 127.5 - 1).latent_dist for chunk in tqdm(images.split(256), desc="latents")]
+    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def train_sd(vae, images, texts, precise_texts, steps):
+    mean, std = encode_images(vae, images)
+    vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
+    tokenizer = CLIPTokenizer().train_new_from_iterator(
+        texts[:5000] + precise_texts[:5000] + [" ".join(MAP)] * 100, vocab_size=1000, show_progress=False)  # fmt: skip
+    tokenizer.model_max_length = CONTEXT
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=CONTEXT, hidden_act="gelu", pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, down_block_types=["CrossAttnDownBlock2D"] * 2,
+        up_block_types=["CrossAttnUpBlock2D"] * 2, block_out_channels=[64, 128], layers_per_block=1,
+        cross_attention_dim=128, attention_head_dim=[2, 4], norm_num_groups=16, use_linear_projection=True)  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+           for t in (texts, precise_texts, [""])]  # fmt: skip
+    assert ids[0].shape[1] == ids[1].shape[1] == CONTEXT, "a text is longer than CLIP's positions"
+
+    def loss_of(indices):
+        latents = (mean[indices] + std[indices] * torch.randn_like(mean[indices])) * vae.config.scaling_factor
+        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
+        kind = torch.rand(len(indices), 1)  # 10 % of the prompts are empty, for classifier-free guidance
+        prompts = torch.where(kind < 0.45, ids[0][indices], torch.where(kind < 0.9, ids[1][indices], ids[2]))
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        return F.mse_loss(unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample, noise)
+
+    fit("sd", [text_encoder, unet], loss_of, steps, lr=1e-3, batch_size=64, count=len(images))
+    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+                                   scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)  # fmt: skip
+
+
+def train_qwen(texts, steps):
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts[:5000], vocab_size=500, show_progress=False)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+    batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, padding_side="right", return_tensors="pt")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+
+    def loss_of(indices):
+        return model(batch.input_ids[indices], attention_mask=batch.attention_mask[indices], labels=labels[indices]).loss
+
+    fit("qwen", [model], loss_of, steps, lr=2e-3, batch_size=32, count=len(texts))
+    return model, tokenizer
+
+
+def train_florence(images, texts, steps):
+    tokenizer = BartTokenizer(extra_special_tokens={"image_token": "<image>"})
+    task = "Describe with a paragraph what is shown in the image."
+    tokenizer = tokenizer.train_new_from_iterator(texts[:5000] + [task] * 100, vocab_size=500, show_progress=False)
+    tokens = (RESOLUTION // 4) ** 2 + 1
+    image_processor = CLIPImageProcessorPil(
+        size={"height": RESOLUTION, "width": RESOLUTION}, crop_size={"height": RESOLUTION, "width": RESOLUTION},
+        do_center_crop=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # fmt: skip
+    image_processor.image_seq_length = tokens
+    processor = Florence2Processor(image_processor=image_processor, tokenizer=tokenizer)
+    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+               eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id)  # fmt: skip
+    model = Florence2ForConditionalGeneration(Florence2Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=dict(
+            embed_dim=[64, 64, 96, 128], depths=[1, 1, 1, 1], num_heads=[2, 2, 3, 4], num_groups=[2, 2, 3, 4],
+            patch_stride=[4, 1, 1, 1], window_size=8, projection_dim=128),
+        text_config=dict(
+            model_type="bart", vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=3,
+            encoder_ffn_dim=512, decoder_ffn_dim=512, encoder_attention_heads=4, decoder_attention_heads=4,
+            max_position_embeddings=256, dropout=0.0, scale_embedding=False, forced_eos_token_id=None, **ids),
+        **ids))  # fmt: skip
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    prompt = torch.tensor([tokenizer("<image>" * tokens, add_special_tokens=False).input_ids + tokenizer(task).input_ids])
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+
+    def loss_of(indices):
+        pixel_values = (images[indices].float() / 255 - mean) / std
+        return model(input_ids=prompt.expand(len(indices), -1), pixel_values=pixel_values, labels=labels[indices]).loss
+
+    fit("florence", [model], loss_of, steps, lr=1e-3, batch_size=32, count=len(texts))
+    return model, processor
+
+
+def save(path, *parts):
+    """Half precision, written beside and renamed: a folder is complete or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in parts:
+        (part.to(dtype=torch.float16) if hasattr(part, "to") else part).save_pretrained(temporary)
+    temporary.rename(path)
+    print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--out", type=Path, default=HERE / "models")
+    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--vae_steps", type=int, default=5000)
+    parser.add_argument("--sd_steps", type=int, default=5000)
+    parser.add_argument("--qwen_steps", type=int, default=800)
+    parser.add_argument("--florence_steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawn = scenes("pretrain", args.scenes, args.seed, exclude=validation_captions())
+    drawn = list(tqdm(drawn, total=args.scenes, desc="scenes", mininterval=5))
+    images = torch.from_numpy(np.stack([np.array(draw(s)) for s in tqdm(drawn, desc="draw", mininterval=5)]))
+    images = images.permute(0, 3, 1, 2).contiguous()  # (n, 3, 32, 32) uint8
+    texts, precise_texts = [describe(s) for s in drawn], [describe_precisely(s) for s in drawn]
+    vae_path, sd_path = args.out / "vae", args.out / "sd"
+    if not vae_path.exists() and not sd_path.exists():
+        save(vae_path, train_vae(images, args.vae_steps))
+    if not (args.out / "qwen").exists():
+        save(args.out / "qwen", *train_qwen(texts, args.qwen_steps))
+    if not (args.out / "florence").exists():
+        save(args.out / "florence", *train_florence(images, texts, args.florence_steps))
+    if not sd_path.exists():
+        save(sd_path, train_sd(AutoencoderKL.from_pretrained(vae_path), images, texts, precise_texts, args.sd_steps))
+        shutil.rmtree(vae_path)  # it lives in sd/vae now
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,682 @@
+"""
+Claims about VLV, on tiny random models and on the bundled toy; no network.
+
+    pytest                      # a few minutes on two cores
+"""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+import train
+import vlv
+from data.loader import ImageTextDataset, batch_indices, collate, crop_image, open_image
+from vlv import VLV, VLVConfig
+
+HERE = Path(__file__).parent
+TOY = HERE / "data" / "shapes" / "vlv"
+sys.path.insert(0, str(HERE / "data" / "shapes"))
+CAPTIONS = ["a dog", "a red cat sits on a very old mat", "two birds and a dog near the sea", "a mat"]
+
+
+# --- tiny models with random weights, ordinary folders as from the hub --------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with sd/, sd_v/ (v-prediction), florence/, florence_no_dropout/, qwen/, gpt2/, llama/ and data/."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    sample.quiet()
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("tiny")
+    texts = CAPTIONS * 30 + [VLVConfig.prompt] * 30
+    clip_tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=600, show_progress=False)
+    clip_tokenizer.model_max_length = 24
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(clip_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=24, eos_token_id=clip_tokenizer.eos_token_id))  # fmt: skip
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=4, scaling_factor=0.3)  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=[16, 32], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=[2, 4], norm_num_groups=8)  # fmt: skip
+    for name, kind in [("sd", "epsilon"), ("sd_v", "v_prediction")]:
+        scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                                  clip_sample=False, set_alpha_to_one=False, prediction_type=kind)  # fmt: skip
+        StableDiffusionPipeline(
+            vae=vae, text_encoder=clip, tokenizer=clip_tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False).save_pretrained(root / name)  # fmt: skip
+
+    bart_tokenizer = BartTokenizer(extra_special_tokens={"image_token": "<image>"})
+    bart_tokenizer = bart_tokenizer.train_new_from_iterator(texts, vocab_size=600, show_progress=False)
+    size = {"height": 64, "width": 64}
+    processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False,
+                                      image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # fmt: skip
+    processor.image_seq_length = 5
+    processor = Florence2Processor(image_processor=processor, tokenizer=bart_tokenizer)
+    for name, dropout in [("florence", 0.1), ("florence_no_dropout", 0.0)]:
+        torch.manual_seed(1)
+        Florence2ForConditionalGeneration(Florence2Config(
+            vision_config=dict(embed_dim=[8, 16, 16, 16], depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 2],
+                               num_groups=[1, 2, 2, 2], window_size=4, projection_dim=32, drop_path_rate=0.5),
+            text_config=dict(model_type="bart", vocab_size=len(bart_tokenizer), d_model=32, encoder_layers=1,
+                             decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=2,
+                             decoder_attention_heads=2, max_position_embeddings=128, dropout=dropout),
+            image_token_id=bart_tokenizer.convert_tokens_to_ids("<image>"))).save_pretrained(root / name)  # fmt: skip
+        processor.save_pretrained(root / name)
+
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=400, show_progress=False)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    for name, model in [
+        ("qwen", Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))),
+        ("llama", LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))),
+        ("gpt2", GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2))),
+    ]:
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+
+    (root / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+        coarse.resize((40 + i, 36), Image.Resampling.BICUBIC).save(root / "data" / f"{i:02d}.png")
+        (root / "data" / f"{i:02d}.txt").write_text(CAPTIONS[i % 4])
+    return root
+
+
+def tiny_settings(tiny, **overrides) -> dict:
+    return dict(diffusion_model=str(tiny / "sd"), encoder=str(tiny / "florence"), llm=str(tiny / "qwen"),
+                num_queries=6, image_size=32, encoder_image_size=64) | overrides  # fmt: skip
+
+
+def tiny_model(tiny, **overrides) -> VLV:
+    torch.manual_seed(0)
+    return VLV(VLVConfig(**tiny_settings(tiny, **overrides)))
+
+
+@pytest.fixture
+def batch(tiny):
+    return collate([ImageTextDataset(tiny / "data", 32, with_captions=True)[i] for i in range(4)])
+
+
+def flags(settings: dict) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
+
+
+def train_tiny(tiny, out_dir, **overrides) -> Path:
+    """Runs train.py's main; returns the folder of the stage's checkpoints."""
+    settings = tiny_settings(tiny, data=tiny / "data", out_dir=out_dir, batch_size=4, max_steps=4, save_interval=2,
+                             num_workers=0, learning_rate=1e-3, log_interval=1) | overrides  # fmt: skip
+    resume = ["--resume"] * settings.pop("resume", False)
+    train.main(flags(settings) + resume)
+    return Path(out_dir) / f"stage{settings.get('stage', 1)}"
+
+
+def weights(folder: Path) -> dict:
+    return vlv.load_file(vlv.find_checkpoint(folder) / "model.safetensors")
+
+
+# --- the method ---------------------------------------------------------------------------------------------------------
+
+
+def test_text_path_returns_what_clip_returns_for_the_ids(tiny):
+    decoder = tiny_model(tiny).decoder
+    ids = decoder.pipeline.tokenizer(CAPTIONS, padding="max_length", max_length=24, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = decoder.text_encoder(ids).last_hidden_state
+        actual = decoder.encode_text(decoder.text_encoder.embeddings.token_embedding(ids))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("sd, kind", [("sd", "epsilon"), ("sd_v", "v_prediction")])
+def test_denoising_loss_equals_the_one_by_hand(tiny, batch, sd, kind):
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    model = tiny_model(tiny, diffusion_model=str(tiny / sd))
+    prompt_embeds, seeds = torch.randn(4, 6, 32), [3, 1, 4, 1]
+    vae = AutoencoderKL.from_pretrained(tiny / sd, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(tiny / sd, subfolder="unet")
+    alphas = DDPMScheduler.from_pretrained(tiny / sd, subfolder="scheduler").alphas_cumprod
+    losses = []
+    with torch.no_grad():
+        for image, c, seed in zip(batch["image"], prompt_embeds, seeds):
+            generator = torch.Generator().manual_seed(seed)
+            draw, noise = torch.randn(2, 4, 4, 4, generator=generator)
+            t = torch.randint(1000, (), generator=generator)
+            posterior = vae.encode(image[None] / 127.5 - 1).latent_dist
+            z = 0.3 * (posterior.mean + posterior.std * draw)
+            a = alphas[t]
+            prediction = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, c[None]).sample
+            target = noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
+            losses.append((prediction - target).square().mean())
+    actual = model.decoder.denoising_loss(batch["image"], prompt_embeds, seeds)
+    torch.testing.assert_close(actual, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_queries", [6, 24])
+def test_reconstruction_equals_the_pipelines_with_any_scheduler(tiny, batch, num_queries):
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    model = tiny_model(tiny, num_queries=num_queries).eval()
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny / "sd", safety_checker=None, low_cpu_mem_usage=False)
+    for scheduler in [model.decoder.pipeline.scheduler, DPMSolverMultistepScheduler()]:
+        model.decoder.pipeline.scheduler = pipeline.scheduler = scheduler
+        with torch.no_grad():
+            prompt_embeds = model(batch["image"], embed_only=True)
+        ours = model.decoder.reconstruct(prompt_embeds, num_inference_steps=4, seed=7)
+        for i, image in enumerate(ours):
+            theirs = pipeline(prompt_embeds=prompt_embeds[i : i + 1], height=32, width=32, num_inference_steps=4,
+                              guidance_scale=2.0, generator=torch.Generator().manual_seed(7)).images[0]  # fmt: skip
+            difference = np.asarray(image).astype(int) - np.asarray(theirs)
+            assert np.abs(difference).max() <= 1
+
+
+def test_preprocessing_equals_florences_own(tiny, batch):
+    from transformers import AutoProcessor
+
+    encoder, processor = tiny_model(tiny).encoder, AutoProcessor.from_pretrained(tiny / "florence")
+    pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in batch["image"]]
+    theirs = processor(images=pictures, text=["<MORE_DETAILED_CAPTION>"] * 4, return_tensors="pt")
+    ours = encoder.preprocess(batch["image"])
+    one_level = 1 / 255 / 0.224
+    assert (ours - theirs.pixel_values).abs().max() < 1.01 * one_level
+    assert (ours - theirs.pixel_values).abs().mean() < 0.02 * one_level
+    prompt = theirs.input_ids[0, processor.num_image_tokens :]
+    florence = vlv.Florence2Model.from_pretrained(tiny / "florence")
+    assert torch.equal(florence.language_model.shared(prompt)[None], encoder.prompt_embeds)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_frozen_parts_stay_in_eval_whatever_train_is_called_on(tiny, stage):
+    model = tiny_model(tiny, stage=stage)
+    for module in list(model.modules()):
+        module.train()
+    for name, part in model.parts().items():
+        trained = name in model.config.trains
+        assert all(m.training == trained for m in part.modules()), name
+        assert all(p.requires_grad == trained for p in part.parameters()), name
+
+
+@pytest.mark.parametrize("stage, trains", [(1, None), (2, None), (2, ["bart", "mlp", "llm"]), (2, ["mlp"])])
+def test_frozen_parts_do_not_move_by_a_bit_and_every_trained_one_does(tiny, batch, stage, trains):
+    model = tiny_model(tiny, stage=stage, **({"stage2_trains": trains} if trains else {})).train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(2):
+        model(batch["image"], batch["caption"], range(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    tied = ["caption_head.llm.lm_head.weight"] if "caption_head.llm.model.embed_tokens.weight" in trained else []
+    assert sorted(moved) == sorted(trained + tied)
+    names = {part for part, module in model.parts().items() if any(p.requires_grad for p in module.parameters())}
+    assert names == set(model.config.trains)
+
+
+def test_a_part_that_a_stage_does_not_need_is_not_loaded(tiny):
+    stage1 = VLV(VLVConfig(**tiny_settings(tiny)), for_training=True)
+    stage2 = VLV(VLVConfig(**tiny_settings(tiny, stage=2)), for_training=True)
+    stage2_with_bart = VLV(VLVConfig(**tiny_settings(tiny, stage=2, stage2_trains=["bart"])), for_training=True)
+    assert {"unet", "vae"} <= set(stage1.parts()) and "llm" not in stage1.parts()
+    assert {"mlp", "llm"} <= set(stage2.parts()) and not {"unet", "vae"} & set(stage2.parts())
+    assert {"unet", "vae", "llm"} <= set(stage2_with_bart.parts())
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gpt2"])
+def test_padding_does_not_change_the_caption_loss(tiny, llm):
+    head = tiny_model(tiny, stage=2, llm=str(tiny / llm)).eval().caption_head
+    prompt_embeds = torch.randn(4, 6, 32)
+    together = head.loss(prompt_embeds, CAPTIONS)
+    alone = torch.stack([head.loss(c[None], [caption]) for c, caption in zip(prompt_embeds, CAPTIONS)])
+    torch.testing.assert_close(together, alone.mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama", "gpt2"])
+def test_one_batch_can_be_learned_and_the_captions_end_by_themselves(tiny, batch, llm):
+    model = tiny_model(tiny, stage=2, llm=str(tiny / llm)).train()
+    head = model.caption_head
+    with torch.no_grad():
+        prompt_embeds = model(batch["image"], embed_only=True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for step in range(150):
+        loss = head.loss(prompt_embeds, batch["caption"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+    model.eval()
+    assert head.generate_with_ends(prompt_embeds, max_new_tokens=60) == [(c, True) for c in batch["caption"]]
+
+
+def test_a_caption_that_is_cut_is_not_taught_to_end_there(tiny):
+    head = tiny_model(tiny, stage=2, max_caption_tokens=3).eval().caption_head
+    eos, long = head.tokenizer.eos_token_id, CAPTIONS[1]
+    cut = head.tokenizer.decode(head.tokenizer(long).input_ids[:3])
+    longer = head.tokenizer.decode(head.tokenizer(long).input_ids[:4])
+    c = torch.randn(1, 6, 32)
+    assert torch.equal(head.loss(c, [long]), head.loss(c, [longer]))
+    head.max_tokens = 4
+    assert not torch.equal(head.loss(c, [cut]), head.loss(c, [longer]))  # `cut` now ends with the end token
+    assert len(head.tokenizer(cut).input_ids) == 3 and eos not in head.tokenizer(long).input_ids
+
+
+def test_stage_1_gets_below_the_unconditional_denoising_loss(toy_images):
+    images, _ = toy_images
+    config = dataclasses.replace(vlv.load_config(TOY), stage=1)
+    torch.manual_seed(0)
+    model = VLV(config).train()  # not from the checkpoint: from the stand-ins alone
+    empty = model.decoder.pipeline.encode_prompt([""] * len(images), "cpu", 1, False)[0]
+    unconditional = model.decoder.denoising_loss(images, empty, range(len(images)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(60):
+        loss = model(images, seeds=range(len(images)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.8 * unconditional
+
+
+def test_noise_depends_on_a_samples_seed_and_not_on_its_batch(tiny, batch):
+    model = tiny_model(tiny).eval()
+    with torch.no_grad():
+        together = model(batch["image"], seeds=[5, 6, 7, 8])
+        alone = torch.stack([model(batch["image"][i : i + 1], seeds=[5 + i]) for i in range(4)])
+    torch.testing.assert_close(together, alone.mean(), rtol=1e-4, atol=1e-6)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("llm", ["qwen", "gpt2"])
+def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_learned(tiny, batch, tmp_path, llm):
+    model = tiny_model(tiny, stage=2, llm=str(tiny / llm)).eval()
+    model.save_pretrained(tmp_path / "ckpt")
+    again = VLV.from_pretrained(tmp_path / "ckpt")
+    for ours, theirs in zip(model.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(ours, theirs)
+    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["config.json", "model.safetensors"]
+    stored = {name.split(".")[1] for name in weights(tmp_path / "ckpt")}
+    assert stored == {"bart", "queries", "projection", "mlp", "llm"}
+
+
+def test_a_crash_while_saving_leaves_a_loadable_checkpoint(tiny, tmp_path, monkeypatch):
+    class PowerCut(BaseException):
+        pass
+
+    model, folder = tiny_model(tiny), tmp_path / "ckpt"
+    model.save_pretrained(folder, {"step": 0})
+    survived = []
+    for calls in range(100):  # die at the first, second, third ... thing that touches the disk
+        left = calls
+
+        def dying(function):
+            def wrapper(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    raise PowerCut
+                left -= 1
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        with torch.no_grad():
+            model.encoder.queries.weight.fill_(calls + 1)
+        with monkeypatch.context() as patch:
+            for owner, name in [(os, "rename"), (os, "fsync"), (vlv, "save_file"), (torch, "save"), (shutil, "rmtree"),
+                                (Path, "write_text"), (Path, "mkdir")]:  # fmt: skip
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                model.save_pretrained(folder, {"step": calls + 1})
+                break
+            except PowerCut:
+                pass
+        found = vlv.find_checkpoint(folder)
+        queries = vlv.load_file(found / "model.safetensors")["encoder.queries.weight"]
+        step = torch.load(found / "trainer.pt", weights_only=True)["step"]
+        survived.append((step, step == 0 or bool((queries == step).all())))
+    assert len(survived) > 8
+    assert all(whole for step, whole in survived)  # weights and state are of one moment
+    assert weights(folder)["encoder.queries.weight"].unique().item() == calls + 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tiny, tmp_path):
+    tiny_model(tiny).save_pretrained(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="does not fit.*queries"):
+        VLV.from_pretrained(tmp_path / "ckpt", num_queries=7)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resuming_gives_bit_identical_weights_to_not_stopping(tiny, tmp_path, stage):
+    if stage == 2:
+        train_tiny(tiny, tmp_path / "whole", max_steps=1)
+        shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    whole = train_tiny(tiny, tmp_path / "whole", stage=stage, max_steps=5)
+    shutil.copytree(whole, tmp_path / "stopped" / f"stage{stage}")
+    stopped = tmp_path / "stopped" / f"stage{stage}"
+    shutil.rmtree(stopped / "step-000005")
+    assert vlv.find_checkpoint(stopped).name == "step-000004"
+    train_tiny(tiny, tmp_path / "stopped", stage=stage, max_steps=5, resume=True)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(stopped)[name]), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_processes_and_accumulation_give_the_one_process_result(tiny, tmp_path, stage):
+    settings = dict(encoder=tiny / "florence_no_dropout", stage=stage, max_steps=2)
+    start = train_tiny(tiny, tmp_path / "start", encoder=tiny / "florence_no_dropout", max_steps=1)
+    settings |= {"init_from": start} if stage == 2 else {}
+    one = weights(train_tiny(tiny, tmp_path / "one", **settings))
+    two = train_tiny(tiny, tmp_path / "accumulated", **settings, micro_batch_size=1)
+    others = {"accumulated": weights(two)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "train.py"]
+    settings = tiny_settings(tiny) | dict(data=tiny / "data", batch_size=4, micro_batch_size=1, num_workers=0,
+                                          save_interval=2, learning_rate=1e-3, log_interval=1) | settings  # fmt: skip
+    subprocess.run(command + flags(settings | dict(out_dir=tmp_path / "ddp")), cwd=HERE, check=True, timeout=300)
+    others["two processes"] = weights(tmp_path / "ddp" / f"stage{stage}")
+    torch.manual_seed(0)  # train.py's default seed: the new parts at the start
+    begin = VLV(VLVConfig(**tiny_settings(tiny, encoder=str(tiny / "florence_no_dropout")))) if stage == 1 else None
+    begin = begin.learned_state() if begin else {}
+    for kind, other in others.items():
+        for name, weight in one.items():
+            if name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding, which Adam enlarges
+                continue
+            moved = (weight - begin[name]).norm() if name in begin else weight.norm()
+            assert (weight - other[name]).norm() <= 0.02 * moved + 1e-7, (kind, name)
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / run / f"stage{stage}" / "log.jsonl")]
+              for run in ("one", "accumulated", "ddp")]  # fmt: skip
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def test_two_evaluations_of_one_model_agree_exactly_and_draw_pictures(tiny, tmp_path):
+    def validation(run):
+        lines = map(json.loads, open(run / "log.jsonl"))
+        return [line["val_loss"] for line in lines if "val_loss" in line]
+
+    settings = dict(val_data=tiny / "data", eval_interval=1, eval_pictures=2, max_steps=2, learning_rate=0.0)
+    run = train_tiny(tiny, tmp_path, **settings)
+    first, second = validation(run)
+    assert first == second
+    assert Image.open(run / "step-000001.png").width > 2 * 32
+    run = train_tiny(tiny, tmp_path, stage=2, **settings)
+    assert len(set(validation(run))) == 1
+    assert (run / "step-000002.png").exists()
+
+
+def test_stage_2_leaves_the_reconstructions_as_they_were(tiny, batch, tmp_path):
+    stage1 = train_tiny(tiny, tmp_path)
+    stage2 = train_tiny(tiny, tmp_path, stage=2)
+    with torch.no_grad():
+        before, after = (VLV.from_pretrained(run)(batch["image"], embed_only=True) for run in (stage1, stage2))
+    assert torch.equal(before, after)
+
+
+def test_the_file_overrides_the_defaults_and_flags_override_the_file(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"num_queries": 16, "seed": 3, "stage2": {"max_steps": 7, "weight_decay": 0}}))
+    settings = train.read_settings(["--config", str(file), "--stage", "2", "--seed", "4"])
+    config = train.resolve(settings, world_size=2)
+    assert (config.num_queries, config.seed, config.max_steps, config.weight_decay) == (16, 4, 7, 0.0)
+    assert (config.batch_size, config.micro_batch_size, config.lr_schedule) == (64, 32, "linear")  # the paper's
+    paper = train.resolve(train.read_settings(["--stage", "1"]), world_size=8)
+    assert (paper.batch_size, paper.micro_batch_size, paper.max_steps, paper.learning_rate) == (512, 64, 200_000, 5e-5)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_shows_every_sample_once_and_a_step_can_be_fetched_directly():
+    seen = [i for step in range(6) for i in batch_indices(9, 3, seed=1, step=step)]
+    assert sorted(seen[:9]) == sorted(seen[9:]) == list(range(9)) and seen[:9] != seen[9:]
+    straddling = batch_indices(10, 4, seed=1, step=2)
+    assert straddling == batch_indices(10, 2, seed=1, step=4) + batch_indices(10, 2, seed=1, step=5)
+
+
+def test_shards_give_what_folders_give_and_are_indexed_again_when_they_change(tiny, tmp_path):
+    names = sorted((tiny / "data").iterdir())
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in names[:8]:
+            tar.add(path, path.name)
+    files, shards = ImageTextDataset(tiny / "data", 32, True), ImageTextDataset(tmp_path, 32, True)
+    assert len(shards) == 4
+    for i in range(4):
+        assert torch.equal(files[i]["image"], shards[i]["image"]) and files[i]["caption"] == shards[i]["caption"]
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for path in names[8:]:
+            tar.add(path, path.name)
+    assert len(ImageTextDataset(tmp_path, 32, True)) == 12
+
+
+def test_what_cannot_be_decoded_is_skipped_counted_and_named(tiny, tmp_path, capsys):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    (data / "03.png").write_bytes((data / "03.png").read_bytes()[:100])
+    (data / "04.png").write_bytes(b"")
+    (data / "05.txt").unlink()
+    item = ImageTextDataset(data, 32, with_captions=True)[3]
+    assert item["caption"] == CAPTIONS[6 % 4]
+    assert [s.split(":")[0][-6:] for s in item["skipped"]] == ["03.png", "04.png", "05.png"]
+    run = train_tiny(tiny, tmp_path / "out", data=data, max_steps=3)  # stage 1 needs no captions: one epoch, two broken
+    log = [json.loads(line) for line in open(run / "log.jsonl")]
+    named = (run / "skipped.txt").read_text()
+    assert log[-1]["skipped"] == len(named.splitlines()) >= 2 and "03.png" in named and "04.png" in named
+
+
+def picture(mode: str) -> Image.Image:
+    """A red rectangle in the left half of a white or transparent ground."""
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if mode == "RGBA" else on_white.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("mode, ending", [("RGB", "png"), ("RGB", "jpeg"), ("RGBA", "png"), ("RGBA", "webp"), ("P", "png"),
+                                          ("L", "png"), ("CMYK", "jpeg"), ("CMYK", "tiff"), ("1", "png"), ("P", "gif")])  # fmt: skip
+def test_pictures_of_every_kind_look_as_they_should(mode, ending):
+    file = io.BytesIO()
+    picture(mode).save(file, ending)
+    opened = open_image(file)
+    left, right = opened.getpixel((5, 10)), opened.getpixel((35, 10))
+    assert opened.mode == "RGB" and min(right) > 245
+    assert (left[0] == left[1] == left[2] and left[0] < 200) if mode in "L1" else left[0] > 200 > 90 > max(left[1:])
+
+
+def test_rotation_depth_and_animation_are_respected():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is left in the file belongs on top
+    picture("RGB").save(file, "jpeg", exif=exif)
+    upright = open_image(file)
+    assert upright.size == (20, 40) and upright.getpixel((10, 5))[1] < 60 and upright.getpixel((10, 35))[1] > 200
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(deep, "png")
+    assert open_image(deep).getpixel((3, 3)) == (128, 128, 128)
+    frames = io.BytesIO()
+    picture("RGB").save(frames, "gif", save_all=True, append_images=[Image.new("RGB", (40, 20), "blue")])
+    assert open_image(frames).getpixel((5, 10))[0] > 200
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000), (33, 32), (4000, 3000)])
+def test_tiny_huge_and_narrow_pictures_become_squares(size):
+    image = crop_image(Image.new("RGB", size, (10, 200, 30)), 32)
+    assert image.shape == (3, 32, 32) and (image == torch.tensor([10, 200, 30]).view(3, 1, 1)).all()
+
+
+# --- what users type ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--num_querys", "5"], "there is no 'num_querys'; did you mean 'num_queries'"),
+    (["--num_queries", "many"], "invalid int value: 'many'"),
+    (["--config", "missing.json"], "missing.json"),
+    (["--num_queries", "25"], "24 positions: choose at most 24"),
+    (["--data", "nowhere"], "data folder nowhere does not exist"),
+    (["--encoder", "no/such"], "cannot load the vision encoder"),
+    (["--llm", "no/such", "--stage", "2", "--init_from", "nothing"], "there is no checkpoint in nothing"),
+    (["--batch_size", "3", "--micro_batch_size", "2"], "batch_size 3 does not divide"),
+    (["--stage", "3"], "stages 1 and 2"),
+    (["--stage1_trains", "bert"], "there is no 'bert'; did you mean 'bart'"),
+    (["--lr_schedule", "cosin"], "did you mean 'cosine'"),
+    (["--image_size", "30"], "multiples of 8 pixels"),
+])  # fmt: skip
+def test_wrong_settings_get_a_sentence(tiny, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = tiny_settings(tiny, data=tiny / "data", out_dir=tmp_path, batch_size=4, max_steps=1, num_workers=0)
+    with pytest.raises(SystemExit) as exit:
+        train.main(flags(settings) + arguments)
+    assert sentence in exit.value.code and "\n" not in exit.value.code
+
+
+def test_a_misspelt_setting_in_the_file_names_the_nearest_and_a_run_is_not_overwritten(tiny, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"learning_rat": 1}')
+    with pytest.raises(SystemExit, match="did you mean 'learning_rate'"):
+        train.main(["--config", str(file)])
+    train_tiny(tiny, tmp_path, max_steps=1)
+    with pytest.raises(SystemExit, match="already holds a run: add --resume"):
+        train_tiny(tiny, tmp_path, max_steps=1)
+
+
+def test_sample_does_the_readable_ones_and_names_the_others(tmp_path, capsys):
+    images = tmp_path / "in"
+    (images / "deeper").mkdir(parents=True)
+    picture("RGBA").save(images / "a.png")
+    picture("RGB").save(images / "deeper" / "a.jpg")
+    (images / "broken.png").write_bytes(b"not an image")
+    code = sample.main([str(images), str(tmp_path / "missing.png"), "--out", str(tmp_path / "out"),
+                        "--ckpt", str(TOY), "--num_inference_steps", "2"])  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 1
+    assert [line.split(": ")[0] for line in printed.out.splitlines()] == [str(images / "a.png"), str(images / "deeper" / "a.jpg")]
+    problems = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert len(problems) == 2 and "broken.png" in problems[0] and "missing.png" in problems[1]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a-2.png", "a.png", "captions.jsonl"]
+    records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl")]
+    assert [f"{r['image']}: {r['caption']}" for r in records] == printed.out.splitlines()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--ckpt", "nowhere"], "no checkpoint in nowhere"),
+    (["--split", "99"], "--split is 99"),
+    (["--num_beams", "0"], "--num_beams is 0"),
+])  # fmt: skip
+def test_sample_says_what_is_wrong(arguments, sentence, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        sample.main(arguments + ["--out", str(tmp_path)])
+    assert sentence in exit.value.code
+
+
+def test_a_stage_1_checkpoint_redraws_but_says_that_it_cannot_caption(tiny, tmp_path, capsys):
+    tiny_model(tiny).save_pretrained(tmp_path / "ckpt")
+    arguments = [str(tiny / "data" / "00.png"), "--ckpt", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]
+    assert sample.main(arguments + ["--num_inference_steps", "2"]) == 0
+    assert "stage 1" in capsys.readouterr().out and (tmp_path / "out" / "00.png").exists()
+    with pytest.raises(SystemExit, match="needs a stage-2 checkpoint"):
+        sample.main(arguments + ["--captions_only"])
+
+
+# --- the bundled toy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_images():
+    from prepare import draw, scenes
+
+    truths = list(scenes("val", 12))
+    return torch.stack([torch.from_numpy(np.array(draw(t))).permute(2, 0, 1) for t in truths]), truths
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return VLV.from_pretrained(TOY)
+
+
+def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(toy, toy_images):
+    from evaluate import score_captions, score_pictures
+    from prepare import describe
+
+    images, truths = toy_images
+    with torch.no_grad():
+        prompt_embeds = toy(images, embed_only=True)
+    captions = toy.caption_head.generate(prompt_embeds)
+    assert score_captions(truths, captions)["exact"] >= 0.75
+    redrawn = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds, num_inference_steps=25))
+    from_truth = score_pictures(truths, toy.decoder.reconstruct([describe(t) for t in truths], num_inference_steps=25))
+    swapped = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds.roll(1, 0), num_inference_steps=25))
+    assert redrawn["color"] > 0.8 and redrawn["place"] > 0.9
+    # the point of the paper: the embedding carries what words leave out
+    assert redrawn["psnr"] > from_truth["psnr"] > swapped["psnr"] and redrawn["offset"] < from_truth["offset"]
+
+
+def test_mixing_takes_some_queries_of_each_image(toy_images, toy, tmp_path, capsys):
+    for i in range(2):
+        Image.fromarray(toy_images[0][i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    files = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    captions = {}
+    for split in (0, 8, 16):
+        out = tmp_path / str(split)
+        assert sample.main(["--mix", *files, "--split", str(split), "--out", str(out), "--num_inference_steps", "5"]) == 0
+        captions[split] = capsys.readouterr().out.strip().split(": ")[1]
+        assert (out / "0+1.png").exists()
+    assert sample.main(files + ["--captions_only", "--out", str(tmp_path / "alone")]) == 0
+    alone = [line.split(": ")[1] for line in capsys.readouterr().out.strip().splitlines()]
+    assert [captions[16], captions[0]] == alone  # all queries of A, all of B
+
+
+def test_the_same_seed_gives_the_same_output(tmp_path, capsys):
+    for name in ("a", "b"):
+        sample.main(["--ckpt", str(TOY), "--out", str(tmp_path / name), "--num_inference_steps", "3"])
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b"))
+    assert first == second and len(first) == 2
+
+
+def test_scenes_are_reproducible_and_no_validation_caption_is_trained_on():
+    from prepare import describe, draw, scenes, validation_captions
+
+    held_out = validation_captions()
+    train_scenes = list(scenes("train", 500, exclude=held_out))
+    assert train_scenes[:50] == list(scenes("train", 50, exclude=held_out))
+    assert not held_out & {describe(s) for s in train_scenes}
+    assert draw(train_scenes[0]).size == (32, 32)
+
+
+def test_the_eye_that_judges_drawings_sees_the_original_scenes_rightly():
+    from evaluate import parse, score_captions, score_pictures
+    from prepare import describe, draw, scenes
+
+    truths = list(scenes("val", 100))
+    seen = score_pictures(truths, [draw(t) for t in truths])
+    assert seen["perfect"] == 1 and seen["offset"] < 0.1
+    assert score_captions(truths, [describe(t) for t in truths]) == {"exact": 1, "attributes": 1}
+    assert score_captions(truths, [describe(t) for t in truths[1:] + truths[:1]])["exact"] < 0.1
+    assert score_pictures(truths, [draw(t) for t in truths[1:] + truths[:1]])["perfect"] < 0.1
+    assert parse("something else") == {"background": None, "objects": []}
+
+
+def test_committed_weights_stay_small():
+    files = [*(HERE / "data" / "shapes" / "models").rglob("*.safetensors"), *TOY.rglob("*.safetensors")]
+    assert len(files) >= 6 and sum(f.stat().st_size for f in files) < 25e6

