@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.loader import ImageTextDataset, batch_indices, collate
 from sample import panel, quiet
-from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config
+from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config, read_json
 
 
 @dataclass
@@ -92,10 +92,7 @@ def read_settings(argv) -> dict:
     flags = vars(flags)
     settings = {}
     if path := flags.pop("config"):
-        try:
-            settings = json.loads(Path(path).read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        settings = read_json(path)
         stage = flags.get("stage", settings.get("stage", 1))
         stages = {key: settings.pop(key, {}) for key in ("stage1", "stage2")}
         settings |= stages.get(f"stage{stage}", {})
@@ -212,11 +209,11 @@ def main(argv=None):
             with open(run_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def mean_over_ranks(total, count) -> float:
-        sums = torch.tensor([float(total), float(count)], dtype=torch.float64, device=device)
+    def sum_over_ranks(*values) -> list[float]:
+        sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
         if world_size > 1:
             dist.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        return sums.tolist()
 
     @torch.no_grad()
     def evaluate(step):
@@ -230,18 +227,18 @@ def main(argv=None):
             with autocast():
                 loss = model(batch["image"].to(device), batch["caption"], seeds_of(0, 0, indices))
             total, count = total + loss.item() * len(indices), count + len(indices)
-        loss = mean_over_ranks(total, count)
+        total, count = sum_over_ranks(total, count)
         if is_main and config.eval_pictures:
             images = torch.stack([val_dataset[i]["image"] for i in range(min(config.eval_pictures, len(val_dataset)))])
             with autocast():
-                prompt_embeds = model(images.to(device), embed_only=True)
+                prompt_embeds = model.embed(images.to(device))
                 redrawn = model.decoder.reconstruct(prompt_embeds)
                 captions = [""] * len(images)
                 if config.stage == 2:
                     captions = model.caption_head.generate(prompt_embeds, max_new_tokens=config.max_caption_tokens)
             panel([[image, drawn] for image, drawn in zip(images, redrawn)], captions).save(run_dir / f"step-{step:06d}.png")
         model.train()
-        return loss
+        return total / count
 
     def save(step):
         if is_main:
@@ -293,10 +290,11 @@ def main(argv=None):
         done, now = step + 1, time.perf_counter()
         finished = done == config.max_steps
         if done % config.log_interval == 0 or finished:
-            loss = mean_over_ranks(torch.stack(losses).sum(), len(losses))
+            total, count, all_skipped = sum_over_ranks(torch.stack(losses).sum(), len(losses), skipped)
+            loss = total / count
             rate = (done - last) * config.batch_size / (now - clock)
             bar.set_postfix(loss=f"{loss:.4f}")
-            log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, skipped=skipped)
+            log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, skipped=int(all_skipped))
             losses, clock, last = [], time.perf_counter(), done
         if val_dataset is not None and (done % config.eval_interval == 0 or finished):
             val_loss = evaluate(done)

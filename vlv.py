@@ -7,9 +7,9 @@ image meets them.
             BART trained                                                          └─ MLP ─ LLM     stage 2: cross-entropy
 
     model = VLV.from_pretrained("out/stage2")
-    prompt_embeds = model(images, embed_only=True)            # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
-    model.caption_head.generate(prompt_embeds)                # -> captions
-    model.decoder.reconstruct(prompt_embeds)                  # -> PIL images
+    prompt_embeds = model.embed(images)              # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
+    model.caption_head.generate(prompt_embeds)       # -> captions
+    model.decoder.reconstruct(prompt_embeds)         # -> PIL images
 
 B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
 """
@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
@@ -69,7 +70,8 @@ class VLVConfig:
     @property
     def learned(self) -> tuple[str, ...]:
         """The parts that differ from the pretrained models after this stage: what a checkpoint holds."""
-        return tuple(dict.fromkeys(ENCODER_PARTS + (self.stage2_trains + ("mlp",)) * (self.stage == 2)))
+        caption_parts = ("mlp", "llm") if "llm" in self.stage2_trains else ("mlp",)
+        return ENCODER_PARTS + caption_parts * (self.stage == 2)
 
     @property
     def denoises(self) -> bool:
@@ -176,7 +178,7 @@ class DiffusionDecoder(nn.Module):
     def load(self, with_unet: bool):
         parts = {} if with_unet else {"vae": None, "unet": None}
         self.pipeline = load(
-            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", torch_dtype=torch.float32,
+            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", dtype=torch.float32,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False, low_cpu_mem_usage=False, **parts,
         )  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)
@@ -320,23 +322,25 @@ class VLV(nn.Module):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return "\n".join(lines + [f"  {'total':12} {trained:,} of {count_parameters(self):,} parameters are trained"])
 
-    def forward(self, images, captions=None, seeds=None, embed_only: bool = False) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 -> c: (B, N, D), what the UNet and the LLM read. Without gradients where this stage trains
+        nothing that leads here."""
+        trains_encoder = any(part in ENCODER_PARTS for part in self.config.trains)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
+            return self.decoder.encode_text(self.encoder(images))
+
+    def forward(self, images: torch.Tensor, captions: list[str] | None = None, seeds=None) -> torch.Tensor:
         """The loss of the stage, a scalar, so that DDP can wrap the model as it is.
 
         images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. seeds: see denoising_loss.
-        embed_only: return c instead, (B, N, D).
         """
-        trains_encoder = any(part in ENCODER_PARTS for part in self.config.trains)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
-            prompt_embeds = self.decoder.encode_text(self.encoder(images))
-        if embed_only:
-            return prompt_embeds
+        if self.config.stage == 2 and captions is None:
+            raise ValueError("stage 2 learns from captions: call forward(images, captions)")
+        prompt_embeds = self.embed(images)
         loss = 0.0
         if self.config.denoises:
             loss = loss + self.decoder.denoising_loss(images, prompt_embeds, seeds)
         if self.config.stage == 2:
-            if captions is None:
-                raise ValueError("stage 2 learns from captions: call forward(images, captions)")
             loss = loss + self.caption_head.loss(prompt_embeds, captions)
         return loss
 
@@ -381,7 +385,10 @@ class VLV(nn.Module):
         folder = find_checkpoint(folder)
         saved = load_config(folder)
         model = cls(dataclasses.replace(saved, **overrides), for_training)
-        state, expected = load_file(folder / "model.safetensors"), model.learned_state()
+        try:
+            state, expected = load_file(folder / "model.safetensors"), model.learned_state()
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"the weights {folder / 'model.safetensors'} cannot be read: {error}") from error
         wrong = [n for n, w in state.items() if n not in expected or expected[n].shape != w.shape]
         here = [n for n in expected if n.startswith("encoder.") or saved.stage == 2]  # stage 1 knows no caption head
         wrong += [n for n in here if n not in state]
@@ -395,8 +402,16 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def read_json(path: str | Path):
+    """What a JSON file holds. Raises ValueError with its name when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
 def load_config(folder: Path) -> VLVConfig:
-    values = json.loads((folder / "config.json").read_text())
+    values = read_json(folder / "config.json")
     check_names(values, [f.name for f in dataclasses.fields(VLVConfig)], folder / "config.json")
     return VLVConfig(**values)
 

@@ -26,7 +26,7 @@ from prepare import BACKGROUNDS, COLORS, PLACES, RESOLUTION, SHAPES, SIZES, SPLI
 from prepare import coverage, describe, describe_precisely, draw, scenes
 from tqdm import tqdm
 
-from sample import quiet
+from sample import panel, quiet
 from vlv import VLV
 
 ATTRIBUTES = ("size", "color", "shape", "place")
@@ -151,6 +151,7 @@ def main():
     parser.add_argument("--num_beams", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path, help="write originals, redrawn from embedding and from caption, there")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
     quiet()
@@ -165,7 +166,7 @@ def main():
     rows = {"original": [], "VAE alone": [], "embedding": [], "generated caption": [], "true caption": [],
             "true caption with map": [], "embedding of another": []}  # fmt: skip
     captions, ended, losses = [], [], {"empty prompt": [], "true caption": [], "embedding": []}
-    prompt_embeds = torch.cat([model(batch, embed_only=True) for batch in originals.split(args.batch_size)])
+    prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])
     for at in tqdm(range(0, len(truths), args.batch_size), desc="evaluating", unit=" batches"):
         here = slice(at, at + args.batch_size)
         images, embeds = originals[here], prompt_embeds[here]
@@ -202,6 +203,9 @@ def main():
             s = result[name] = score_pictures(truths, pictures)
             print(f"{name:22} {s['psnr']:7.2f} | {s['found']:5.1%}  {s['color']:6.1%} {s['shape']:6.1%} {s['size']:6.1%}"
                   f" {s['place']:6.1%} | {s['perfect']:9.1%} | {s['offset']:.2f}")  # fmt: skip
+    if args.picture:
+        columns = ["original", "embedding"] + ["generated caption"] * bool(captions)
+        panel(list(zip(*(rows[name] for name in columns))), captions or [""] * len(truths)).save(args.picture)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
