@@ -147,7 +147,7 @@ def main(argv=None) -> int:
                 if config.stage == 2:
                     pictures.append(model.decoder.reconstruct(captions, **draw))
         for i, (name, caption) in enumerate(zip(names, captions)):
-            print(f"{name}: {caption or '(no caption: stage 1)'}", flush=True)
+            print(f"{name}: {'(no caption: stage 1)' if caption is None else ' '.join(caption.split())}", flush=True)
             records.write(json.dumps({"image": name, "caption": caption}, ensure_ascii=False) + "\n")
             if pictures:
                 row = originals[i] + [column[i] for column in pictures]

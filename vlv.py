@@ -17,6 +17,7 @@ B batch, S image side in pixels, N queries, D width of CLIP's text model, T capt
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def load(cls, name: str, role: str, **kwargs):
 
 
 class Encoder(nn.Module):
-    """Florence-2 with learned queries: the information bottleneck (section 3.1)."""
+    """Florence-2 with learned queries, the paper's VLV encoder: the information bottleneck (figure 2, stage 1)."""
 
     def __init__(self, config: VLVConfig, embed_dim: int):
         super().__init__()
@@ -135,6 +136,11 @@ class Encoder(nn.Module):
 
         processor = load(AutoImageProcessor, config.encoder, "vision encoder's image processor (--encoder)")
         self.size = config.encoder_image_size
+        vision_config = florence.config.vision_config
+        smallest = math.prod(vision_config.patch_stride)  # pixels a side that one token stands for
+        largest = smallest * vision_config.max_position_embeddings
+        if not smallest <= self.size <= largest:
+            raise ValueError(f"encoder_image_size is {self.size}; {config.encoder} takes {smallest} to {largest} pixels")
         for name in ("image_mean", "image_std"):
             self.register_buffer(name, torch.tensor(getattr(processor, name)).view(1, 3, 1, 1), persistent=False)
 
@@ -200,7 +206,7 @@ class DiffusionDecoder(nn.Module):
         return clip.final_layer_norm(hidden)
 
     def denoising_loss(self, images, prompt_embeds, seeds=None) -> torch.Tensor:
-        """‖ε̂(z_t, t, c) − ε‖² (section 3.1, equation 1), the mean over the batch.
+        """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch.
 
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). seeds: B ints, one a sample; fixes its draw from the
         VAE's posterior, its noise and its timestep on every device and in any batch. None: torch's generator.
@@ -244,7 +250,7 @@ class DiffusionDecoder(nn.Module):
 
 
 class CaptionHead(nn.Module):
-    """MLP + LLM: reads the embedding aloud (section 3.2)."""
+    """MLP + LLM, the paper's caption decoder: reads the embedding aloud (figure 2, stage 2)."""
 
     def __init__(self, config: VLVConfig, embed_dim: int):
         super().__init__()

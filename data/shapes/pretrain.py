@@ -192,7 +192,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "models")
     parser.add_argument("--scenes", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=5000)
-    parser.add_argument("--sd_steps", type=int, default=4500)
+    parser.add_argument("--sd_steps", type=int, default=3600)
     parser.add_argument("--qwen_steps", type=int, default=800)
     parser.add_argument("--florence_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
