@@ -93,10 +93,15 @@ def train_sd(vae, images, texts, precise_texts, steps):
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=CONTEXT, hidden_act="gelu", pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))  # fmt: skip
+    # At this width CLIP's 0.02 would drown a word in the average of the words around it, and with it the word's place.
+    torch.nn.init.normal_(text_encoder.embeddings.token_embedding.weight, std=0.5)
+    torch.nn.init.normal_(text_encoder.embeddings.position_embedding.weight, std=0.5)
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, down_block_types=["CrossAttnDownBlock2D"] * 2,
-        up_block_types=["CrossAttnUpBlock2D"] * 2, block_out_channels=[64, 128], layers_per_block=1,
-        cross_attention_dim=128, attention_head_dim=[2, 4], norm_num_groups=16, use_linear_projection=True)  # fmt: skip
+        sample_size=RESOLUTION // 4, in_channels=4, out_channels=4,
+        down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2, block_out_channels=[64, 96, 96],
+        layers_per_block=1, cross_attention_dim=128, attention_head_dim=[2, 3, 3], norm_num_groups=16,
+        use_linear_projection=True)  # fmt: skip
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)  # fmt: skip
     ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
@@ -182,7 +187,11 @@ def save(path, *parts):
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for part in parts:
-        (part.to(dtype=torch.float16) if hasattr(part, "to") else part).save_pretrained(temporary)
+        if hasattr(part, "to"):
+            part.to(dtype=torch.float16)
+        if isinstance(part, StableDiffusionPipeline):  # which loads VAE and UNet as float32, but CLIP as it was saved
+            part.text_encoder.float()
+        part.save_pretrained(temporary)
     temporary.rename(path)
     print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
 
@@ -192,7 +201,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "models")
     parser.add_argument("--scenes", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=5000)
-    parser.add_argument("--sd_steps", type=int, default=3600)
+    parser.add_argument("--sd_steps", type=int, default=3400)
     parser.add_argument("--qwen_steps", type=int, default=800)
     parser.add_argument("--florence_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
