@@ -102,8 +102,10 @@ def train_sd(vae, images, texts, precise_texts, steps):
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2, block_out_channels=[64, 96, 96],
         layers_per_block=1, cross_attention_dim=128, attention_head_dim=[2, 3, 3], norm_num_groups=16,
         use_linear_projection=True)  # fmt: skip
+    # v-prediction, as the 768-pixel Stable Diffusion 2.1 has it: it weighs the noisy timesteps, where it is decided
+    # what goes where. After 3,600 steps of ε-prediction colours and shapes were right, and places still ignored.
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+                              set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")  # fmt: skip
     ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
            for t in (texts, precise_texts, [""])]  # fmt: skip
     assert ids[0].shape[1] == ids[1].shape[1] == CONTEXT, "a text is longer than CLIP's positions"
@@ -114,7 +116,8 @@ def train_sd(vae, images, texts, precise_texts, steps):
         kind = torch.rand(len(indices), 1)  # 10 % of the prompts are empty, for classifier-free guidance
         prompts = torch.where(kind < 0.45, ids[0][indices], torch.where(kind < 0.9, ids[1][indices], ids[2]))
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        return F.mse_loss(unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample, noise)
+        velocity = scheduler.get_velocity(latents, noise, timesteps)
+        return F.mse_loss(unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample, velocity)
 
     fit("sd", [text_encoder, unet], loss_of, steps, lr=1e-3, batch_size=64, count=len(images))
     return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
@@ -201,7 +204,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "models")
     parser.add_argument("--scenes", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=5000)
-    parser.add_argument("--sd_steps", type=int, default=3400)
+    parser.add_argument("--sd_steps", type=int, default=3000)
     parser.add_argument("--qwen_steps", type=int, default=800)
     parser.add_argument("--florence_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
