@@ -15,6 +15,7 @@ A finished part is skipped: delete its folder to make it again.
 """
 
 import argparse
+import json
 import math
 import shutil
 from pathlib import Path
@@ -195,6 +196,10 @@ def save(path, *parts):
         if isinstance(part, StableDiffusionPipeline):  # which loads VAE and UNet as float32, but CLIP as it was saved
             part.text_encoder.float()
         part.save_pretrained(temporary)
+    for file in temporary.rglob("config.json"):  # diffusers notes where the VAE was loaded from; that place is no more
+        values = json.loads(file.read_text())
+        if values.pop("_name_or_path", None):
+            file.write_text(json.dumps(values, indent=2) + "\n")
     temporary.rename(path)
     print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
 
