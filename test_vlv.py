@@ -282,7 +282,7 @@ def test_a_caption_that_is_cut_is_not_taught_to_end_there(tiny):
 
 
 def test_stage_1_gets_below_the_unconditional_denoising_loss(toy_images):
-    images, _ = toy_images
+    images = toy_images[0][:12]
     config = dataclasses.replace(vlv.load_config(TOY), stage=1)
     torch.manual_seed(0)
     model = VLV(config).train()  # not from the checkpoint: from the stand-ins alone
@@ -610,7 +610,7 @@ def test_a_stage_1_checkpoint_redraws_but_says_that_it_cannot_caption(tiny, tmp_
 def toy_images():
     from prepare import draw, scenes
 
-    truths = list(scenes("val", 12))
+    truths = list(scenes("val", 48))
     return torch.stack([torch.from_numpy(np.array(draw(t))).permute(2, 0, 1) for t in truths]), truths
 
 
@@ -627,11 +627,11 @@ def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(toy, toy_images):
     with torch.no_grad():
         prompt_embeds = toy.embed(images)
     captions = toy.caption_head.generate(prompt_embeds)
-    assert score_captions(truths, captions)["exact"] >= 0.75
+    assert score_captions(truths, captions)["attributes"] >= 0.8
     redrawn = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds, num_inference_steps=25))
     from_truth = score_pictures(truths, toy.decoder.reconstruct([describe(t) for t in truths], num_inference_steps=25))
     swapped = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds.roll(1, 0), num_inference_steps=25))
-    assert redrawn["color"] > 0.8 and redrawn["place"] > 0.9
+    assert redrawn["found"] > 0.85 and redrawn["place"] > 0.85
     # the point of the paper: the embedding carries what words leave out
     assert redrawn["psnr"] > from_truth["psnr"] > swapped["psnr"] and redrawn["offset"] < from_truth["offset"]
 
