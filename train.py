@@ -172,8 +172,9 @@ def main(argv=None):
         model_settings = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__}
         source = run_dir if has_run else config.init_from or (Path(config.out_dir) / "stage1" if config.stage == 2 else "")
         if source:
-            say(f"starting from {find_checkpoint(source)}")
-            if not has_run and config.stage == 2 and load_config(find_checkpoint(source)).stage == 2:
+            source = find_checkpoint(source)
+            say(f"starting from {source}")
+            if not has_run and config.stage == 2 and load_config(source).stage == 2:
                 raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
             model = VLV.from_pretrained(source, for_training=True, **{**model_settings, "stage": config.stage})
         else:
@@ -188,7 +189,7 @@ def main(argv=None):
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")  # fmt: skip
     start = 0
     if has_run:
-        trainer = torch.load(find_checkpoint(run_dir) / "trainer.pt", map_location=device, weights_only=True)
+        trainer = torch.load(source / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(trainer["optimizer"])
         start = trainer["step"]
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
