@@ -1,17 +1,26 @@
 """
 Claims about VLV, on tiny random models and on the bundled toy; no network.
 
-    pytest                      # a few minutes on two cores
+    pytest                              # a few minutes on two cores
+    VLV_SLOW=1 pytest -k "kill or compile or full_size"     # and those that take long
 """
 
 import dataclasses
 import io
 import json
+import math
 import os
+import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import that reads it
@@ -24,10 +33,12 @@ from PIL import Image
 import sample
 import train
 import vlv
+from data import latents
 from data.loader import ImageTextDataset, batch_indices, collate, crop_image, open_image
 from vlv import VLV, VLVConfig
 
 HERE = Path(__file__).parent
+SLOW = bool(os.environ.get("VLV_SLOW"))
 TOY = HERE / "data" / "shapes" / "vlv"
 sys.path.insert(0, str(HERE / "data" / "shapes"))
 CAPTIONS = ["a dog", "a red cat sits on a very old mat", "two birds and a dog near the sea", "a mat"]
@@ -124,13 +135,21 @@ def flags(settings: dict) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
 
 
+def tiny_flags(tiny, out_dir, **overrides) -> list[str]:
+    """train.py's arguments for four short steps; the value True stands for a flag without one."""
+    settings = tiny_settings(tiny, data=tiny / "data", out_dir=out_dir, batch_size=4, max_steps=4, save_interval=2,
+                             num_workers=0, learning_rate=1e-3, log_interval=1, device="cpu") | overrides  # fmt: skip
+    return flags({k: v for k, v in settings.items() if v is not True}) + [f"--{k}" for k, v in settings.items() if v is True]
+
+
 def train_tiny(tiny, out_dir, **overrides) -> Path:
     """Runs train.py's main; returns the folder of the stage's checkpoints."""
-    settings = tiny_settings(tiny, data=tiny / "data", out_dir=out_dir, batch_size=4, max_steps=4, save_interval=2,
-                             num_workers=0, learning_rate=1e-3, log_interval=1) | overrides  # fmt: skip
-    resume = ["--resume"] * settings.pop("resume", False)
-    train.main(flags(settings) + resume)
-    return Path(out_dir) / f"stage{settings.get('stage', 1)}"
+    train.main(tiny_flags(tiny, out_dir, **overrides))
+    return Path(out_dir) / f"stage{overrides.get('stage', 1)}"
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in open(run / "log.jsonl")]
 
 
 def weights(folder: Path) -> dict:
@@ -397,21 +416,27 @@ def test_processes_and_accumulation_give_the_one_process_result(tiny, tmp_path, 
     two = train_tiny(tiny, tmp_path / "accumulated", **settings, micro_batch_size=1)
     others = {"accumulated": weights(two)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    settings = tiny_settings(tiny) | dict(data=tiny / "data", batch_size=4, micro_batch_size=1, num_workers=0,
-                                          save_interval=2, learning_rate=1e-3, log_interval=1) | settings  # fmt: skip
-    subprocess.run(command + flags(settings | dict(out_dir=tmp_path / "ddp")), cwd=HERE, check=True, timeout=300)
+    subprocess.run(command + tiny_flags(tiny, tmp_path / "ddp", micro_batch_size=1, **settings), cwd=HERE, check=True,
+                   timeout=300)  # fmt: skip
     others["two processes"] = weights(tmp_path / "ddp" / f"stage{stage}")
     torch.manual_seed(0)  # train.py's default seed: the new parts at the start
     begin = VLV(VLVConfig(**tiny_settings(tiny, encoder=str(tiny / "florence_no_dropout")))) if stage == 1 else None
     begin = begin.learned_state() if begin else {}
-    for kind, other in others.items():
-        for name, weight in one.items():
-            if name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding, which Adam enlarges
-                continue
-            moved = (weight - begin[name]).norm() if name in begin else weight.norm()
-            assert (weight - other[name]).norm() <= 0.02 * moved + 1e-7, (kind, name)
-    losses = [[json.loads(line)["loss"] for line in open(tmp_path / run / f"stage{stage}" / "log.jsonl")]
-              for run in ("one", "accumulated", "ddp")]  # fmt: skip
+
+    def assert_close(one, others):
+        for kind, other in others.items():
+            for name, weight in one.items():
+                if name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding, which Adam enlarges
+                    continue
+                moved = (weight - begin[name]).norm() if name in begin else weight.norm()
+                assert (weight - other[name]).norm() <= 0.02 * moved + 1e-7, (kind, name)
+
+    assert_close(one, others)
+    # the number of processes may change between runs: two began, with the optimizer's state shared out, and one goes on
+    settings |= dict(max_steps=4, resume=True)
+    one = weights(train_tiny(tiny, tmp_path / "one", **settings))
+    assert_close(one, {"two processes, then one": weights(train_tiny(tiny, tmp_path / "ddp", **settings))})
+    losses = [[line["loss"] for line in read_log(tmp_path / run / f"stage{stage}")][:2] for run in ("one", "accumulated", "ddp")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
@@ -451,6 +476,137 @@ def test_the_file_overrides_the_defaults_and_flags_override_the_file(tmp_path):
     assert (paper.batch_size, paper.micro_batch_size, paper.max_steps, paper.learning_rate) == (512, 64, 200_000, 5e-5)
 
 
+# --- the paper's run ----------------------------------------------------------------------------------------------------
+
+
+def test_full_size_models_have_the_papers_parameter_counts():
+    with torch.device("meta"):  # shapes without memory
+        model = VLV(VLVConfig(stage=2, random_init=True))
+    counts = {name: vlv.count_parameters(part) for name, part in model.parts().items()}
+    assert (counts["unet"], counts["vae"], counts["text_encoder"]) == (865_910_724, 83_653_863, 340_387_840)
+    token_table = 51_290 * 1024  # dropped after the prompt has been embedded
+    assert abs(counts["davit"] + counts["bart"] + token_table - 776.5e6) < 0.5e6
+    assert abs(counts["llm"] - 3.086e9) < 0.001e9  # Qwen2.5-3B, embeddings tied
+    assert model.encoder.queries.weight.shape == (77, 1024) and counts["mlp"] == 1024 * 2048 + 2048 + 2048 * 2048 + 2048
+
+
+@pytest.mark.skipif(not SLOW, reason="needs 20 GB and minutes: VLV_SLOW=1")
+@pytest.mark.parametrize("arguments", [["--stage", "1"], ["--stage", "2", "--llm", "Qwen/Qwen2.5-0.5B"]])
+def test_one_whole_step_at_full_size(arguments, tmp_path):
+    command = [sys.executable, "train.py", "--random_init", "--device", "cpu", "--benchmark", "1", "--batch_size", "1"]
+    result = subprocess.run(command + arguments + ["--out_dir", str(tmp_path)], cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0 and "TFLOP an image" in result.stdout, result.stderr
+
+
+def test_random_init_builds_the_same_shapes_with_other_weights(tiny):
+    loaded, random = (tiny_model(tiny, stage=2, random_init=r).state_dict() for r in (False, True))
+    assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in random.items()}
+    assert not torch.equal(loaded["decoder.unet.conv_in.weight"], random["decoder.unet.conv_in.weight"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("speedup, tolerance", [
+    ({"channels_last": True}, 1e-5),
+    ({"gradient_checkpointing": True}, 1e-5),
+    ({"precision": "bf16"}, 2e-2),  # eight bits of mantissa
+    ({"latents": True}, 1e-3),  # stored in half precision
+    pytest.param({"compile": True}, 1e-4, marks=pytest.mark.skipif(not SLOW, reason="a minute: VLV_SLOW=1")),
+])  # fmt: skip
+def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, tolerance):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    if "latents" in speedup:
+        latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32", "--batch_size", "5"])
+    parts = ["bart", "mlp", "llm"]  # in both stages the denoising loss
+    settings = dict(data=data, max_steps=3, encoder=tiny / "florence_no_dropout", stage2_trains=parts, stage=stage)
+    start = train_tiny(tiny, tmp_path / "start", **settings | dict(stage=1, max_steps=1)) if stage == 2 else ""
+    plain, fast = (train_tiny(tiny, tmp_path / name, init_from=start, **settings | more)
+                   for name, more in [("plain", {"no-channels_last": True}), ("fast", {"no-channels_last": True} | speedup)])  # fmt: skip
+    plain, fast = ([line["loss"] for line in read_log(run)] for run in (plain, fast))
+    assert len(plain) == 3
+    np.testing.assert_allclose(fast, plain, rtol=tolerance)
+
+
+def test_latents_ahead_are_refused_when_the_images_have_changed(tiny, tmp_path):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32"])
+    (data / "00.png").unlink()
+    with pytest.raises(SystemExit, match="are of other images"):
+        train_tiny(tiny, tmp_path / "out", data=data, latents=True)
+
+
+def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):
+    for stage in (1, 2):
+        run = train_tiny(tiny, tmp_path, benchmark=1, random_init=True, stage=stage, data="nowhere")
+        assert "TFLOP an image" in capsys.readouterr().out and not any(run.iterdir())
+
+
+# --- nothing lost -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1"))])
+def test_killed_at_random_and_resumed_the_weights_are_those_of_a_run_never_killed(tiny, tmp_path, kills):
+    settings = dict(max_steps=60 + 5 * kills, save_interval=1)  # half of the time goes into saving
+    dice = random.Random(kills)
+    command = [sys.executable, str(HERE / "train.py"), *tiny_flags(tiny, tmp_path / "killed", resume=True, **settings)]
+    run, survived = tmp_path / "killed" / "stage1", []
+    for kill in range(kills + 1):
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        newest = lambda: max((p.stat().st_mtime for p in run.glob("step-*/config.json")), default=0)
+        before, deadline = newest(), time.time() + 120
+        while newest() == before and time.time() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL if kill < kills else signal.SIGTERM)  # the last one asks politely
+        said = process.communicate()[0]
+        survived.append(int(vlv.find_checkpoint(run).name[5:11]))
+    assert survived == sorted(survived) and 0 < survived[-1] < settings["max_steps"]
+    assert f"stopped by a signal after step {survived[-1]}, which is saved" in said and process.returncode != 0
+    train_tiny(tiny, tmp_path / "killed", resume=True, **settings)
+    whole = train_tiny(tiny, tmp_path / "whole", **settings)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(run)[name]), name
+    losses = [[(line["step"], line["loss"]) for line in read_log(folder)] for folder in (run, whole)]
+    assert losses[0] == losses[1]  # the log, too, reads as if nothing had happened
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
+    def with_nan_at(steps, name, **overrides):
+        calls, forward = iter(range(1, 1000)), VLV.forward
+
+        def broken(self, *args, **kwargs):
+            loss = forward(self, *args, **kwargs)
+            return loss * math.nan if next(calls) in steps else loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(VLV, "forward", broken)
+            return train_tiny(tiny, tmp_path / name, save_interval=1, **overrides)
+
+    run = with_nan_at([3], "once", max_steps=3)
+    second, third = (vlv.load_file(run / f"step-00000{step}" / "model.safetensors") for step in (2, 3))
+    assert all(torch.equal(second[name], third[name]) for name in second)
+    assert [line["non_finite_steps"] for line in read_log(run)] == [0, 0, 1]
+    with pytest.raises(SystemExit, match="not finite 10 steps in a row, up to step 12"):
+        with_nan_at(range(3, 100), "always", max_steps=50)
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "always" / "stage1").values())
+
+
+def test_a_full_disk_fails_the_save_and_not_the_run(tiny, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert (size := sum(p.numel() for p in tiny_model(tiny).encoder.bart.parameters()) * 4) > 50_000
+    train_tiny(tiny, tmp_path, max_steps=2)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # no file may grow larger than that
+        with pytest.raises(SystemExit, match="could not be saved; make room and add --resume"):
+            train_tiny(tiny, tmp_path, max_steps=6, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run = tmp_path / "stage1"
+    assert "step 4 is not saved" in capsys.readouterr().out
+    assert [p.name for p in sorted(run.glob("step-*"))] == ["step-000002"] and read_log(run)[-1]["step"] == 6
+    train_tiny(tiny, tmp_path, max_steps=6, resume=True)
+    assert vlv.find_checkpoint(run).name == "step-000006"
+
+
 # --- data ---------------------------------------------------------------------------------------------------------------
 
 
@@ -485,9 +641,117 @@ def test_what_cannot_be_decoded_is_skipped_counted_and_named(tiny, tmp_path, cap
     assert item["caption"] == CAPTIONS[6 % 4]
     assert [s.split(":")[0][-6:] for s in item["skipped"]] == ["03.png", "04.png", "05.png"]
     run = train_tiny(tiny, tmp_path / "out", data=data, max_steps=3)  # stage 1 needs no captions: one epoch, two broken
-    log = [json.loads(line) for line in open(run / "log.jsonl")]
+    log = read_log(run)
     named = (run / "skipped.txt").read_text()
     assert log[-1]["skipped"] == len(named.splitlines()) >= 2 and "03.png" in named and "04.png" in named
+
+
+def test_a_run_stops_when_more_than_one_in_a_hundred_cannot_be_read(tiny, tmp_path):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    for i in range(6):
+        (data / f"{i:02d}.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit, match="samples could not be read: see .*skipped.txt"):
+        train_tiny(tiny, tmp_path / "out", data=data, max_steps=50)
+    assert vlv.find_checkpoint(tmp_path / "out" / "stage1")
+
+
+def test_a_truncated_shard_gives_what_is_before_the_break_and_is_named(tiny, tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in sorted((tiny / "data").iterdir()):
+                tar.add(path, path.name)
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    for built in ("just now", "before"):
+        dataset = ImageTextDataset(tmp_path, 32, with_captions=True)
+        assert 12 < len(dataset) < 24 and dataset.broken_shards[0].startswith(f"{tmp_path / '1.tar'}: broken shard"), built
+        assert all(dataset[i]["image"].any() for i in range(len(dataset)))
+
+
+def test_whatever_is_wrong_with_a_file_the_loader_says_so_and_lives(tiny, tmp_path):
+    dice = random.Random(0)
+    files = {ending: io.BytesIO() for ending in ("png", "jpeg", "gif", "webp", "tiff", "bmp")}
+    for ending, file in files.items():
+        Image.open(tiny / "data" / "00.png").save(file, ending)
+        for trial in range(60):
+            data = bytearray(file.getvalue())
+            for _ in range(dice.randint(1, 5)):
+                data[dice.randrange(len(data))] = dice.randrange(256)
+            end = dice.randint(1, len(data)) if trial % 2 else len(data)
+            (tmp_path / f"{trial:03d}.{ending}").write_bytes(data[:end])
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "png")
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
+    dataset, read, named = ImageTextDataset(tmp_path, 32), 0, []
+    for i in range(len(dataset)):
+        try:
+            assert dataset.read(i)["image"].shape == (3, 32, 32)
+            read += 1
+        except (OSError, ValueError) as error:
+            named.append(str(error))
+            assert str(dataset.files[i]) in named[-1]
+    assert read > 20 and len(named) > 100 and any("bomb" in sentence for sentence in named)
+
+
+def serve(folder: Path):
+    """A web server on the loopback address; returns it and its address."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+def test_laions_metadata_becomes_shards_of_the_images_that_the_paper_keeps(tmp_path):
+    pytest.importorskip("img2dataset", reason="pip install img2dataset pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "www").mkdir()
+    rows = []
+    for i, (width, height, watermark, kept) in enumerate([
+        (600, 600, 0.1, True), (1100, 600, 0.1, True), (600, 1100, 0.49, True), (512, 900, 0.1, False),
+        (1300, 600, 0.1, False), (600, 1300, 0.1, False), (600, 600, 0.5, False), (600, 600, None, False),
+        (700, 600, 0.0, False),
+    ]):  # fmt: skip
+        if i < 8:  # the last link is dead
+            Image.new("RGB", (width, height), (i * 30, 0, 99)).save(tmp_path / "www" / f"{i}.jpg")
+        rows.append(dict(URL=f"{i}.jpg", TEXT=f"caption {i}", WIDTH=width, HEIGHT=height, pwatermark=watermark, kept=kept))
+    server, address = serve(tmp_path / "www")
+    (tmp_path / "metadata").mkdir()
+    for part in range(2):
+        table = pa.Table.from_pylist([row | {"URL": f"{address}/{row['URL']}"} for row in rows[part::2]])
+        pq.write_table(table, tmp_path / "metadata" / f"{part}.parquet")
+    command = [sys.executable, "data/laion/prepare.py", tmp_path / "metadata", "--out", tmp_path / "shards",
+               "--processes", "1", "--threads", "4", "--image_size", "32"]  # fmt: skip
+    for attempt in range(2):  # the second finds everything done
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0 and "4 of 9 images pass the paper's filter" in result.stdout, result.stderr
+    server.shutdown()
+    dataset = ImageTextDataset(tmp_path / "shards", 32, with_captions=True)
+    assert sorted(dataset[i]["caption"] for i in range(len(dataset))) == [r["TEXT"] for r in rows if r["kept"]]
+
+
+def test_the_captioned_set_becomes_shards(tiny, tmp_path):
+    pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wide = io.BytesIO()
+    Image.new("RGB", (300, 100), "red").save(wide, "png")
+    rows = [{"image": {"bytes": wide.getvalue(), "path": None}, "caption": " a red bar "}]
+    rows += [{"image": {"bytes": b"broken", "path": None}, "caption": "x"}, {"image": rows[0]["image"], "caption": ""}]
+    (tmp_path / "parquet").mkdir()
+    for name in "ab":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parquet" / f"{name}.parquet")
+    command = [sys.executable, "data/captions6m/prepare.py", tmp_path / "parquet", "--out", tmp_path / "shards",
+               "--image_size", "32"]  # fmt: skip
+    said = [subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert "2 new samples" in said[0] and "4 left out" in said[0] and "0 new samples" in said[1]
+    assert len((tmp_path / "shards" / "left_out.txt").read_text().splitlines()) == 4
+    dataset = ImageTextDataset(tmp_path / "shards", 32, with_captions=True)
+    assert [dataset[i]["caption"] for i in range(len(dataset))] == ["a red bar"] * 2
+    with tarfile.open(tmp_path / "shards" / "a.tar") as tar:
+        assert Image.open(tar.extractfile("a-00000000.jpg")).size == (96, 32)
 
 
 def picture(mode: str) -> Image.Image:
@@ -547,11 +811,14 @@ def test_tiny_huge_and_narrow_pictures_become_squares(size):
     (["--lr_schedule", "cosin"], "did you mean 'cosine'"),
     (["--image_size", "30"], "multiples of 8 pixels"),
     (["--encoder_image_size", "1632"], "takes 32 to 1600 pixels"),
+    (["--encoder", "no/such"], "download it with: hf download no/such"),
+    (["--device", "cuda"], "no CUDA GPU is here"),
+    (["--latents"], "compute them with: python data/latents.py"),
+    (["--data", "data/laion"], "fill it with: python data/laion/prepare.py"),
 ])  # fmt: skip
 def test_wrong_settings_get_a_sentence(tiny, tmp_path, arguments, sentence):
-    settings = tiny_settings(tiny, data=tiny / "data", out_dir=tmp_path, batch_size=4, max_steps=1, num_workers=0)
     with pytest.raises(SystemExit) as exit:
-        train.main(flags(settings) + arguments)
+        train.main(tiny_flags(tiny, tmp_path, max_steps=1) + arguments)
     assert sentence in exit.value.code and "\n" not in exit.value.code
 
 

@@ -14,17 +14,23 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.loader import ImageTextDataset, batch_indices, collate
@@ -41,6 +47,7 @@ class TrainConfig(VLVConfig):
     out_dir: str = "out"
     init_from: str = ""  # stage 2: the stage-1 checkpoint to start from; empty: the newest in OUT_DIR/stage1
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
+    device: str = "cuda"  # cuda, cpu, or auto: cuda where there is a GPU
     seed: int = 0  # decides the order of the data, every noise and every dropout
     batch_size: int | None = None  # images a step, over all processes
     micro_batch_size: int | None = None  # images a forward pass; None: a process's share of batch_size at once
@@ -52,13 +59,25 @@ class TrainConfig(VLVConfig):
     beta2: float = 0.99
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # of the gradient's norm
-    precision: str = "auto"  # fp32, bf16 (autocast over fp32 weights), or auto: bf16 where the GPU has it
+    # fp32; bf16: autocast over fp32 weights, and what is never learned is stored in bf16; auto: bf16 where the GPU has it
+    precision: str = "auto"
+    channels_last: bool = True  # the layout in which convolutions are faster
+    compile: bool = False  # torch.compile of the frozen nets: minutes at the start
+    gradient_checkpointing: bool = False  # less memory, a third more work
+    latents: bool = False  # read the VAE's moments, computed ahead by data/latents.py
     num_workers: int = 4  # processes a rank that decode images; 0: none, good for tiny images
     log_interval: int = 10  # steps
     eval_interval: int = 1000  # steps
     save_interval: int = 1000  # steps
     eval_images: int = 512  # how many validation images the loss is measured on
     eval_pictures: int = 8  # how many of them are drawn; 0: none
+    benchmark: int = 0  # measure so many steps on synthetic images, after 3 to warm up, and save nothing
+    usd_per_gpu_hour: float = 2.5  # only for what the run says about its cost
+
+
+BAD_STEPS = 10  # so many non-finite steps in a row end the run
+WARM_UP = 3  # steps of a benchmark that are not measured
+SIGNALS = []  # those that asked the run to save and leave
 
 
 RECIPE = {  # the paper's
@@ -138,83 +157,195 @@ def seeds_of(seed: int, step: int, positions) -> list[int]:
     return [int(np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] >> 1) for p in positions]
 
 
+def prepare_device(config: TrainConfig) -> torch.device:
+    """This process's device. Raises ValueError when it is not there."""
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if config.device == "cpu" or config.device == "auto" and not gpus:
+        if local_world_size > 1:  # processes that each take every core slow each other down tenfold
+            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
+        return torch.device("cpu")
+    if local_world_size > gpus:
+        where = "no CUDA GPU is here" if not gpus else f"{local_world_size} processes were started, but {gpus} GPUs are here"
+        raise ValueError(f"{where}: start with --nproc_per_node={max(1, gpus)} where there are GPUs, or add --device cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def synthetic_batch(config: TrainConfig, with_moments: bool) -> dict:
+    """What collate returns, of random images and captions of full length; for --benchmark."""
+    side = config.image_size // 8
+    return {
+        "image": torch.randint(0, 256, (config.micro_batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8),
+        "caption": ["a " * config.max_caption_tokens] * config.micro_batch_size,
+        "moments": torch.randn(config.micro_batch_size, 8, side, side) if with_moments else None,
+        "skipped": [],
+    }  # fmt: skip
+
+
+def count_flops(model: VLV, config: TrainConfig, autocast) -> int:
+    """FLOPs that one image needs, forward and backward, without what checkpointing computes twice."""
+    one = dataclasses.replace(config, micro_batch_size=1)
+    batch, device = synthetic_batch(one, config.latents and model.config.denoises), next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, autocast():
+        model(batch["image"].to(device), batch["caption"], [0], batch["moments"]).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, measured: what a perfect program could reach here."""
+    n, repeats = (8192, 30) if device.type == "cuda" else (2048, 4)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return 2 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def cost(images: float, rate: float, processes: int, config: TrainConfig) -> str:
+    hours = images / rate / 3600
+    return f"{hours:,.1f} h, ${hours * processes * config.usd_per_gpu_hour:,.0f} at ${config.usd_per_gpu_hour:.2f} a GPU-hour"
+
+
 def main(argv=None):
-    # --- processes and devices ---------------------------------------------------------------------------------------
+    # --- settings, device, data and model: what is wrong with them is said in one sentence, before processes wait for
+    # each other
     quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, is_main = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif world_size > 1:  # processes that each take every core slow each other down tenfold
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    say = print if is_main else lambda *args, **kwargs: None
-
-    # --- settings, data and model: what is wrong with them is said in one sentence ---------------------------------------
+    is_main, is_local_main = rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    say = tqdm.write if is_main else lambda *args, **kwargs: None
     try:
         settings = read_settings(argv)
         config = resolve(settings, world_size)
+        device = prepare_device(config)
         run_dir = Path(config.out_dir) / f"stage{config.stage}"
-        has_run = any(run_dir.glob("step-*/config.json"))
+        has_run = not config.benchmark and any(run_dir.glob("step-*/config.json"))
         if has_run and not config.resume:
             raise ValueError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
-        if world_size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            if rank > 0:
-                dist.barrier()  # rank 0 builds the index of the data, the others then find it
-        dataset = ImageTextDataset(config.data, config.image_size, with_captions=config.stage == 2)
-        val_dataset = None
-        if config.val_data:
-            val_dataset = ImageTextDataset(config.val_data, config.image_size, with_captions=config.stage == 2)
-        if world_size > 1 and rank == 0:
-            dist.barrier()
         torch.manual_seed(config.seed)  # the same new weights on every rank
         model_settings = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__}
-        source = run_dir if has_run else config.init_from or (Path(config.out_dir) / "stage1" if config.stage == 2 else "")
+        source = run_dir if has_run else config.init_from
+        if config.stage == 2 and not source and not config.random_init:
+            source = Path(config.out_dir) / "stage1"
         if source:
             source = find_checkpoint(source)
-            say(f"starting from {source}")
             if not has_run and config.stage == 2 and load_config(source).stage == 2:
                 raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
+        denoises = VLVConfig(**model_settings).denoises
+
+        def open_data(folder):
+            return ImageTextDataset(folder, config.image_size, with_captions=config.stage == 2,
+                                    latents_of=config.diffusion_model if config.latents and denoises else None)  # fmt: skip
+
+        if is_local_main and not config.benchmark:  # who comes first builds the index; the others find it
+            dataset, val_dataset = open_data(config.data), open_data(config.val_data) if config.val_data else None
+        if source:
             model = VLV.from_pretrained(source, for_training=True, **{**model_settings, "stage": config.stage})
         else:
             model = VLV(VLVConfig(**model_settings), for_training=True)
     except (ValueError, OSError) as error:
-        if dist.is_initialized() and world_size > 1:
-            dist.destroy_process_group()
         sys.exit(f"error: {error}" if is_main else 1)
-    model.to(device).train()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda")  # fmt: skip
-    start = 0
-    if has_run:
-        trainer = torch.load(source / "trainer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(trainer["optimizer"])
-        start = trainer["step"]
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+
+    # --- processes, precision, optimizer ------------------------------------------------------------------------------
+    if world_size > 1:  # an hour: one rank may be indexing a new data folder
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        dist.barrier()
+    if not is_local_main and not config.benchmark:
+        dataset, val_dataset = open_data(config.data), open_data(config.val_data) if config.val_data else None
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    say(f"stage {config.stage}: {len(dataset):,} samples from {config.data}, steps {start:,} to {config.max_steps:,} of"
-        f" {config.batch_size} images ({world_size} processes x {config.micro_batch_size} x {grad_accum_steps}),"
-        f" {'bf16' if bf16 else 'fp32'} on {device.type}\n{model.describe()}")  # fmt: skip
+    for name, part in model.parts().items():
+        if bf16 and name not in model.config.learned:
+            part.to(torch.bfloat16)
+        if config.channels_last and name in ("vae", "unet"):
+            part.to(memory_format=torch.channels_last)
+    model.to(device).train()
+    flops = count_flops(model, config, autocast) if config.benchmark else 0
+    for name, part in model.parts().items():
+        modules = part.values() if isinstance(part, torch.nn.ModuleDict) else [part]
+        if config.gradient_checkpointing and name == "unet":
+            part.enable_gradient_checkpointing()
+        if config.gradient_checkpointing and name in ("bart", "llm"):
+            for module in modules:
+                module.gradient_checkpointing_enable()
+        if config.compile and name in ("davit", "unet"):
+            for module in modules:
+                module.compile()
+        if config.compile and name == "vae":
+            part.encoder.compile()
+    params = [p for p in model.parameters() if p.requires_grad]
+    adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
+                 weight_decay=config.weight_decay, fused=device.type == "cuda")  # fmt: skip
+    # The weights that learn stay in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. What
+    # that costs in memory, AdamW's two moments, is shared out among the processes (ZeRO's first stage).
+    optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw) if world_size > 1 else torch.optim.AdamW(params, **adamw)
+    start = 0
+    if has_run:
+        trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        optimizer.load_state_dict(trainer["optimizer"])
+        for state in getattr(optimizer, "optim", optimizer).state.values():  # ZeroRedundancyOptimizer leaves it on the host, where fused AdamW fails
+            if adamw["fused"] and "step" in state:
+                state["step"] = state["step"].to(device)
+        start = trainer["step"]
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    if config.benchmark:
+        config.max_steps = WARM_UP + config.benchmark
+
+    # --- what this run is, and what it writes ----------------------------------------------------------------------------
+    learning = sum(p.numel() for p in params) * 4 / 1e9
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    say(f"starting from {source or ('random weights' if config.random_init else 'the pretrained models')}")
+    say(f"stage {config.stage}: " + (f"{len(dataset):,} samples from {config.data}" if not config.benchmark else "synthetic images")
+        + f", steps {start:,} to {config.max_steps:,} of {config.batch_size} images ({world_size} processes x"
+        f" {config.micro_batch_size} x {grad_accum_steps}), learning rate {config.learning_rate:g} ({config.lr_schedule}),"
+        f" {'bf16' if bf16 else 'fp32'} on {device.type}\n{model.describe()}\n  memory a process: {held:.2f} GB of weights,"
+        f" {learning:.2f} GB of gradients, {2 * learning / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
-    if is_main:
+    if is_main and not config.benchmark:
         (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        if (run_dir / "log.jsonl").exists():  # what came after the checkpoint comes again
+            lines = [line for line in open(run_dir / "log.jsonl") if line.endswith("\n") and json.loads(line)["step"] <= start]
+            (run_dir / "log.jsonl").write_text("".join(lines))
 
     def log(**values):
         if is_main:
             with open(run_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def sum_over_ranks(*values) -> list[float]:
-        sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    def note_skipped(sentences):
+        for sentence in sentences:
+            with open(run_dir / "skipped.txt", "a") as file:
+                file.write(sentence + "\n")
+            tqdm.write(f"skipped: {sentence}")
+
+    if is_main and not config.benchmark:
+        note_skipped(dataset.broken_shards)
+
+    def over_ranks(values, op=dist.ReduceOp.SUM) -> list[float]:
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values])
         if world_size > 1:
-            dist.all_reduce(sums)
-        return sums.tolist()
+            dist.all_reduce(values, op)
+        return values.tolist()
+
+    def to_device(batch):
+        """images, moments"""
+        return [x if x is None else x.to(device, non_blocking=True) for x in (batch["image"], batch["moments"])]
 
     @torch.no_grad()
     def evaluate(step):
@@ -225,10 +356,11 @@ def main(argv=None):
         for at in range(0, len(mine), config.micro_batch_size):
             indices = mine[at : at + config.micro_batch_size]
             batch = collate([val_dataset[i] for i in indices])
+            images, moments = to_device(batch)
             with autocast():
-                loss = model(batch["image"].to(device), batch["caption"], seeds_of(0, 0, indices))
+                loss = model(images, batch["caption"], seeds_of(0, 0, indices), moments)
             total, count = total + loss.item() * len(indices), count + len(indices)
-        total, count = sum_over_ranks(total, count)
+        total, count = over_ranks([total, count])
         if is_main and config.eval_pictures:
             images = torch.stack([val_dataset[i]["image"] for i in range(min(config.eval_pictures, len(val_dataset)))])
             with autocast():
@@ -241,11 +373,28 @@ def main(argv=None):
         model.train()
         return total / count
 
-    def save(step):
+    def save(step) -> bool:
+        """Whether it could be saved; the last two are kept."""
+        if world_size > 1:
+            optimizer.consolidate_state_dict(to=0)
+        saved = True
         if is_main:
-            model.save_pretrained(run_dir / f"step-{step:06d}", {"optimizer": optimizer.state_dict(), "step": step})
-            for old in sorted(p for p in run_dir.glob("step-*") if p.is_dir())[:-2]:
-                shutil.rmtree(old)
+            try:
+                model.save_pretrained(run_dir / f"step-{step:06d}", {"optimizer": optimizer.state_dict(), "step": step})
+                for old in sorted(p for p in run_dir.glob("step-*") if p.is_dir())[:-2]:
+                    shutil.rmtree(old)
+            except OSError as error:
+                saved = False
+                say(f"error: step {step:,} is not saved: {error}; make room, the run goes on and tries again"
+                    f" {config.save_interval:,} steps from now")  # fmt: skip
+        return bool(over_ranks([saved], dist.ReduceOp.MIN)[0])
+
+    def leave(sentence):
+        bar.close()
+        if world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(sentence if is_main else 1)
 
     # --- the loop ------------------------------------------------------------------------------------------------------
     def places(micro_step):  # of this process's micro-batch in the step's global batch
@@ -257,61 +406,103 @@ def main(argv=None):
             indices = batch_indices(len(dataset), config.batch_size, config.seed, step)
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
-    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
-                                              num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
-    losses, skipped, clock, last = [], 0, time.perf_counter(), start
+    if config.benchmark:
+        loader = repeat(synthetic_batch(config, config.latents and denoises))
+    else:
+        loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
+                                                  num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
+    losses, skipped, bad_steps, bad_in_a_row, waited, clock, last = [], 0, 0, 0, 0.0, time.perf_counter(), start
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=not is_main, unit_scale=True, mininterval=0.5)  # fmt: skip
     for step in range(start, config.max_steps):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        step_losses = []
         for micro_step in range(grad_accum_steps):
+            before = time.perf_counter()
             batch = next(loader)
-            images = batch["image"].to(device, non_blocking=True)
-            for sentence in batch["skipped"]:
-                skipped += 1
-                with open(run_dir / "skipped.txt", "a") as file:
-                    file.write(sentence + "\n")
-                tqdm.write(f"skipped: {sentence}")
+            waited += time.perf_counter() - before
+            images, moments = to_device(batch)
+            skipped += len(batch["skipped"])
+            note_skipped(batch["skipped"])
             seeds = seeds_of(config.seed, step, places(micro_step))
             torch.manual_seed(seeds[0])  # dropout
             # under no_sync both the forward and the backward pass, or DDP would synchronize all the same
             last_micro_step = micro_step == grad_accum_steps - 1
             with nullcontext() if last_micro_step or world_size == 1 else ddp.no_sync():
                 with autocast():
-                    loss = ddp(images, batch["caption"], seeds) / grad_accum_steps
+                    loss = ddp(images, batch["caption"], seeds, moments) / grad_accum_steps
                 loss.backward()
-            losses.append(loss.detach() * grad_accum_steps)
+            step_losses.append(loss.detach() * grad_accum_steps)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
-        optimizer.step()
+        # The one look at the device a step: every rank must decide alike.
+        finite = torch.isfinite(torch.stack([grad_norm, *step_losses])).all()
+        bad, stopping = over_ranks([~finite, bool(SIGNALS)], dist.ReduceOp.MAX)
+        if bad:
+            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+        else:
+            optimizer.step()
+            losses, bad_in_a_row = losses + step_losses, 0
         optimizer.zero_grad(set_to_none=True)
         bar.update(config.batch_size)
 
         done, now = step + 1, time.perf_counter()
         finished = done == config.max_steps
+        if config.benchmark:
+            if done == WARM_UP:
+                clock, last = now, done
+                torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+            continue
         if done % config.log_interval == 0 or finished:
-            total, count, all_skipped = sum_over_ranks(torch.stack(losses).sum(), len(losses), skipped)
-            loss = total / count
-            rate = (done - last) * config.batch_size / (now - clock)
-            bar.set_postfix(loss=f"{loss:.4f}")
-            log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, skipped=int(all_skipped))
-            losses, clock, last = [], time.perf_counter(), done
+            total, count, all_skipped = over_ranks([sum(losses), len(losses), skipped])
+            loss = total / count if count else None
+            rate, waiting = (done - last) * config.batch_size / (now - clock), waited / (now - clock)
+            bar.set_postfix(loss=f"{loss or math.nan:.4f}", data=f"{waiting:.0%}")
+            log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, waiting_for_data=waiting,
+                skipped=int(all_skipped), non_finite_steps=bad_steps)  # fmt: skip
+            if done - start == 2 * config.log_interval:
+                say(f"{rate:,.1f} images/s, {waiting:.0%} of the time waiting for data, {peak_memory(device):.1f} GB at the peak;"
+                    f" the {config.max_steps:,} steps take {cost(config.max_steps * config.batch_size, rate, world_size, config)}")  # fmt: skip
+            losses, waited, clock, last = [], 0.0, time.perf_counter(), done
+            if all_skipped > 10 + 0.01 * (done - start) * config.batch_size:
+                save(done)
+                leave(f"error: {int(all_skipped):,} of {(done - start) * config.batch_size:,} samples could not be read: see"
+                      f" {run_dir / 'skipped.txt'}, mend the data and add --resume")  # fmt: skip
+        if bad_in_a_row == BAD_STEPS:
+            leave(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the weights of"
+                  f" the last good step are in {run_dir}; look at the data, or lower the learning rate")  # fmt: skip
         if val_dataset is not None and (done % config.eval_interval == 0 or finished):
             val_loss = evaluate(done)
             log(step=done, val_loss=val_loss)
-            if is_main:
-                tqdm.write(f"step {done:,}: validation loss {val_loss:.5f}")
+            say(f"step {done:,}: validation loss {val_loss:.5f}")
             clock = time.perf_counter()
-        if done % config.save_interval == 0 or finished:
-            save(done)
+        if done % config.save_interval == 0 or finished or stopping:
+            saved = save(done)
             clock = time.perf_counter()
+            if finished and not saved:
+                leave("error: the run is done, but its weights could not be saved; make room and add --resume")
+        if stopping and not finished:
+            leave(f"stopped by a signal after step {done:,}" + (", which is saved" if saved else "") + "; go on with --resume")
     bar.close()
-    say(f"done: {run_dir / f'step-{config.max_steps:06d}'}")
+    if config.benchmark:
+        rate = config.benchmark * config.batch_size / (now - clock)
+        peak = matrix_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        images = RECIPE[config.stage]["max_steps"] * RECIPE[config.stage]["batch_size"]
+        say(f"{rate / world_size:.3g} images/s a process | {flops / 1e12:.3f} TFLOP an image | {rate / world_size * flops / 1e12:.3g}"
+            f" TFLOP/s | {rate / world_size * flops / peak:.0%} of the measured matrix peak of {peak / 1e12:.3g} TFLOP/s |"
+            f" {peak_memory(device):.1f} GB | stage {config.stage} whole: {cost(images, rate, world_size, config)}")  # fmt: skip
+    else:
+        say(f"done: {run_dir / f'step-{config.max_steps:06d}'}")
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: SIGNALS.append(number))
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the GPU's memory is full: lower --micro_batch_size or add --gradient_checkpointing ({error})")

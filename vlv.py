@@ -27,10 +27,12 @@ from types import MethodType
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Florence2Model, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig
+from transformers import CLIPTextModel, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
 
@@ -52,6 +54,7 @@ class VLVConfig:
     # three (the paper: bart), the denoising loss stays on, or the embedding would forget how to redraw the image.
     stage1_trains: tuple[str, ...] = ("bart", "queries", "projection")
     stage2_trains: tuple[str, ...] = ("mlp", "llm")
+    random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
 
     def __post_init__(self):
         self.stage1_trains, self.stage2_trains = tuple(self.stage1_trains), tuple(self.stage2_trains)
@@ -101,17 +104,36 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
-def load(cls, name: str, role: str, **kwargs):
-    """cls.from_pretrained of a hub id or a local folder, in float32. Raises OSError with one sentence."""
-    beside = Path(__file__).parent / name
-    place = beside if not Path(name).exists() and beside.exists() else name
+def own_precision(x: torch.Tensor):
+    """What never learns runs in the precision of its own weights, not in autocast's: autocast would convert frozen
+    float32 weights at each use, and take the norms of bfloat16 ones in float32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
+    """cls.from_pretrained of a local folder or of a hub id that was downloaded (it does not download: eight processes
+    would, and whoever is offline would wait). random_init: cls with new weights, from the configuration in the local
+    folder or in data/configs. Raises OSError with one sentence."""
+    here = Path(__file__).parent
+    places = [Path(name), here / name] + [here / "data" / "configs" / Path(name).name] * random_init
+    place = next((p for p in places if p.is_dir()), name)
     try:
-        return cls.from_pretrained(place, **kwargs)
+        if not random_init or issubclass(cls, (AutoTokenizer, AutoImageProcessor)):
+            return cls.from_pretrained(place, local_files_only=True, **kwargs)
+        if cls is StableDiffusionPipeline:
+            for part, kind in [("unet", UNet2DConditionModel), ("vae", AutoencoderKL)]:
+                if part not in kwargs:
+                    kwargs[part] = kind.from_config(kind.load_config(place, subfolder=part, local_files_only=True))
+            clip_config = CLIPTextConfig.from_pretrained(place, subfolder="text_encoder", local_files_only=True)
+            return cls.from_pretrained(place, text_encoder=CLIPTextModel(clip_config), local_files_only=True, **kwargs)
+        model_config = AutoConfig.from_pretrained(place, local_files_only=True)
+        return cls.from_config(model_config) if hasattr(cls, "from_config") else cls(model_config)
     except Exception as error:
+        what = f"its configuration is not in {places[-1]}" if random_init else f"download it with: hf download {name}"
         reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"cannot load the {role} {name!r}: it is neither a local folder with such a model nor was it downloaded"
-            f" (hf download {name}) or reachable on the hub; {type(error).__name__}: {reason}"
+            f"cannot load the {role} {name!r}: it is no local folder with such a model, and not among the downloaded"
+            f" ones; {what} ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -120,7 +142,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VLVConfig, embed_dim: int):
         super().__init__()
-        florence = load(Florence2Model, config.encoder, "vision encoder (--encoder)", dtype=torch.float32)
+        florence = load(Florence2Model, config.encoder, "vision encoder (--encoder)", config.random_init,
+                        dtype=torch.float32)  # fmt: skip
         language_model, width = florence.language_model, florence.config.text_config.d_model
         self.davit = nn.ModuleDict({"tower": florence.vision_tower, "projector": florence.multi_modal_projector})
         self.bart = nn.ModuleDict({"encoder": language_model.encoder, "decoder": language_model.decoder})
@@ -128,13 +151,14 @@ class Encoder(nn.Module):
         self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
 
         # The prompt is constant, so its embeddings are too, and BART's token table (52 M weights) can go.
-        tokenizer = load(AutoTokenizer, config.encoder, "vision encoder's tokenizer (--encoder)")
+        tokenizer = load(AutoTokenizer, config.encoder, "vision encoder's tokenizer (--encoder)", config.random_init)
         ids = torch.tensor([tokenizer(config.prompt).input_ids])
         with torch.no_grad():
             self.register_buffer("prompt_embeds", language_model.shared(ids), persistent=False)  # (1, T, width)
         self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
 
-        processor = load(AutoImageProcessor, config.encoder, "vision encoder's image processor (--encoder)")
+        processor = load(AutoImageProcessor, config.encoder, "vision encoder's image processor (--encoder)",
+                         config.random_init)  # fmt: skip
         self.size = config.encoder_image_size
         vision_config = florence.config.vision_config
         smallest = math.prod(vision_config.patch_stride)  # pixels a side that one token stands for
@@ -154,10 +178,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (B, 3, S, S) uint8. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space."""
-        batch_size = len(images)
-        with torch.no_grad():
-            features = self.davit["tower"](self.preprocess(images)).last_hidden_state
+        batch_size, dtype = len(images), self.davit["projector"].image_projection.weight.dtype
+        with torch.no_grad(), own_precision(images):
+            features = self.davit["tower"](self.preprocess(images).to(dtype)).last_hidden_state
             vision = self.davit["projector"](features)  # (B, 577, width) at 768 pixels: 24 x 24 tokens and their mean
+        vision = vision.to(self.prompt_embeds.dtype)
         prompt = self.prompt_embeds.expand(batch_size, -1, -1)
         hidden = self.bart["encoder"](inputs_embeds=torch.cat([vision, prompt], 1)).last_hidden_state
         queries = self.queries.weight.expand(batch_size, -1, -1)
@@ -172,7 +197,7 @@ class DiffusionDecoder(nn.Module):
 
     def __init__(self, config: VLVConfig, with_unet: bool = True):
         super().__init__()
-        self.name, self.image_size = config.diffusion_model, config.image_size
+        self.name, self.image_size, self.random_init = config.diffusion_model, config.image_size, config.random_init
         self.load(with_unet)
         positions = self.text_encoder.config.max_position_embeddings
         if config.num_queries > positions:
@@ -184,8 +209,9 @@ class DiffusionDecoder(nn.Module):
     def load(self, with_unet: bool):
         parts = {} if with_unet else {"vae": None, "unet": None}
         self.pipeline = load(
-            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", dtype=torch.float32,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False, low_cpu_mem_usage=False, **parts,
+            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", self.random_init,
+            dtype=torch.float32, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            low_cpu_mem_usage=False, **parts,
         )  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)
         self.text_encoder, self.vae, self.unet = self.pipeline.text_encoder, self.pipeline.vae, self.pipeline.unet
@@ -200,27 +226,37 @@ class DiffusionDecoder(nn.Module):
         CLIPTextModel takes only ids, so its parts are called here as its forward calls them.
         """
         clip = self.text_encoder
-        hidden = clip.embeddings(inputs_embeds=token_embeds)  # + positions
-        mask = create_causal_mask(config=clip.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
-        hidden = clip.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-        return clip.final_layer_norm(hidden)
+        with own_precision(token_embeds):
+            hidden = clip.embeddings(inputs_embeds=token_embeds.to(clip.dtype))  # + positions
+            mask = create_causal_mask(config=clip.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+            hidden = clip.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+            return clip.final_layer_norm(hidden)
 
-    def denoising_loss(self, images, prompt_embeds, seeds=None) -> torch.Tensor:
+    @torch.no_grad()
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 -> (B, 8, S / 8, S / 8): mean and log-variance of the latents' posterior."""
+        with own_precision(images):
+            return self.vae.encode(images.to(self.vae.dtype) / 127.5 - 1).latent_dist.parameters
+
+    def denoising_loss(self, images, prompt_embeds, seeds=None, moments=None) -> torch.Tensor:
         """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch.
 
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). seeds: B ints, one a sample; fixes its draw from the
         VAE's posterior, its noise and its timestep on every device and in any batch. None: torch's generator.
+        moments: encode_image's, where they were computed ahead.
         """
-        vae, steps = self.vae, self.scheduler.config.num_train_timesteps
-        with torch.no_grad():
-            posterior = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+        vae, steps, device = self.vae, self.scheduler.config.num_train_timesteps, images.device
+        with torch.no_grad(), own_precision(images):
+            moments = self.encode_image(images) if moments is None else moments
+            posterior = DiagonalGaussianDistribution(moments.float())
             shape = posterior.mean.shape[1:]  # (4, S / 8, S / 8)
             draws = []
             for seed in [None] * len(images) if seeds is None else seeds:
                 generator = None if seed is None else torch.Generator().manual_seed(int(seed))
                 draws.append((torch.randn(2, *shape, generator=generator), torch.randint(steps, (), generator=generator)))
             (sample, noise), timesteps = torch.stack([d[0] for d in draws], 1), torch.stack([d[1] for d in draws])
-            sample, noise, timesteps = (x.to(images.device) for x in (sample, noise, timesteps))
+            if device.type == "cuda":  # from pinned memory: the host does not wait for the device
+                sample, noise, timesteps = (x.pin_memory().to(device, non_blocking=True) for x in (sample, noise, timesteps))
             latents = (posterior.mean + posterior.std * sample) * vae.config.scaling_factor
             noisy = self.scheduler.add_noise(latents, noise, timesteps)
             kind = self.scheduler.config.prediction_type
@@ -230,7 +266,9 @@ class DiffusionDecoder(nn.Module):
                 target = self.scheduler.get_velocity(latents, noise, timesteps)
             else:
                 raise ValueError(f"{self.name} predicts {kind!r}; epsilon and v_prediction are known")
-        prediction = self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
+        with own_precision(images):
+            dtype = self.unet.dtype
+            prediction = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample
         return F.mse_loss(prediction.float(), target.float())
 
     @torch.no_grad()
@@ -238,9 +276,9 @@ class DiffusionDecoder(nn.Module):
         """Draws from c, (B, N, D), or from B texts; returns B PIL images of side S. Each image starts from the noise
         of `seed`, whatever its batch. Use another diffusers scheduler by setting `self.pipeline.scheduler`."""
         if self.unet is None:
-            device = self.text_encoder.device
+            device, dtype = self.text_encoder.device, self.text_encoder.dtype
             self.load(with_unet=True)
-            self.to(device)
+            self.to(device, dtype)
         is_text = isinstance(prompt[0], str)
         kwargs = {"prompt": prompt} if is_text else {"prompt_embeds": prompt.to(self.unet.dtype)}
         return self.pipeline(
@@ -254,8 +292,8 @@ class CaptionHead(nn.Module):
 
     def __init__(self, config: VLVConfig, embed_dim: int):
         super().__init__()
-        self.llm = load(AutoModelForCausalLM, config.llm, "language model (--llm)", dtype=torch.float32)
-        self.tokenizer = load(AutoTokenizer, config.llm, "language model's tokenizer (--llm)")
+        self.llm = load(AutoModelForCausalLM, config.llm, "language model (--llm)", config.random_init, dtype=torch.float32)
+        self.tokenizer = load(AutoTokenizer, config.llm, "language model's tokenizer (--llm)", config.random_init)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token, so its captions could not end")
         self.max_tokens = config.max_caption_tokens
@@ -335,40 +373,44 @@ class VLV(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
             return self.decoder.encode_text(self.encoder(images))
 
-    def forward(self, images: torch.Tensor, captions: list[str] | None = None, seeds=None) -> torch.Tensor:
+    def forward(self, images, captions: list[str] | None = None, seeds=None, moments=None) -> torch.Tensor:
         """The loss of the stage, a scalar, so that DDP can wrap the model as it is.
 
-        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. seeds: see denoising_loss.
+        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. seeds, moments: see denoising_loss.
         """
         if self.config.stage == 2 and captions is None:
             raise ValueError("stage 2 learns from captions: call forward(images, captions)")
         prompt_embeds = self.embed(images)
         loss = 0.0
         if self.config.denoises:
-            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, seeds)
+            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, seeds, moments)
         if self.config.stage == 2:
             loss = loss + self.caption_head.loss(prompt_embeds, captions)
         return loss
 
     def save_pretrained(self, folder: str | Path, trainer_state: dict | None = None) -> None:
         """Writes config.json, model.safetensors (the learned parts only) and, for resuming, trainer.pt. Everything is
-        written beside and renamed: a crash at any moment leaves the old folder or the new one, whole."""
+        written beside and renamed: a crash at any moment leaves the old folder or the new one, whole. Raises OSError
+        when it cannot be written; then the old folder is still there."""
         folder = Path(folder)
         new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        (new / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        save_file(self.learned_state(), new / "model.safetensors")
-        if trainer_state is not None:
-            torch.save(trainer_state, new / "trainer.pt")
-        for path in [*new.iterdir(), new]:  # on the disk before the name is
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        try:
+            new.mkdir(parents=True)
+            (new / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            save_file(self.learned_state(), new / "model.safetensors")
+            if trainer_state is not None:
+                torch.save(trainer_state, new / "trainer.pt")
+            for path in [*new.iterdir(), new]:  # on the disk before the name is
+                sync(path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in the words of three libraries
+            shutil.rmtree(new, ignore_errors=True)
+            raise OSError(f"cannot write {new}: {str(error).strip().splitlines()[0]}") from error
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)  # from_pretrained finds it there, should we die before the next line
         os.rename(new, folder)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def learned_state(self) -> dict[str, torch.Tensor]:
@@ -402,6 +444,13 @@ class VLV(nn.Module):
             raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: see {wrong[0]}")
         model.load_state_dict(state, strict=False)
         return model.eval()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def count_parameters(module: nn.Module) -> int:

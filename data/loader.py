@@ -6,7 +6,10 @@ NAME.txt), by random access: any training step's batch can be fetched directly, 
 import io
 import json
 import os
+import sys
 import tarfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +45,9 @@ def open_image(file, size: int | None = None) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (SyntaxError, EOFError, ArithmeticError, IndexError, KeyError, TypeError) as error:  # Pillow, on broken files
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
         raise OSError(f"broken image: {error}") from error
 
 
@@ -59,22 +64,28 @@ def crop_image(image: Image.Image, size: int) -> torch.Tensor:
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
-    """Items {"image": (3, size, size) uint8, "caption": str or None, "skipped": [sentence, ...]}.
+    """Items {"image": (3, size, size) uint8, "caption": str or None, "moments": (8, size / 8, size / 8) half or None,
+    "skipped": [sentence, ...]}.
 
     folder: holds *.tar shards at any depth, or else images. with_captions: an image without one counts as broken.
+    latents_of: the text-to-image model whose moments data/latents.py has computed ahead; None: no moments.
     A sample that cannot be read is skipped for the next readable one, and named in that item's "skipped".
     Raises ValueError when there is nothing to read.
     """
 
-    def __init__(self, folder: str | Path, size: int, with_captions: bool = False):
-        self.folder, self.size, self.with_captions = Path(folder), size, with_captions
+    def __init__(self, folder: str | Path, size: int, with_captions: bool = False, latents_of: str | None = None):
+        self.folder, self.size, self.with_captions, self.broken_shards = Path(folder), size, with_captions, []
         if not self.folder.is_dir():
-            raise ValueError(f"data folder {folder} does not exist; make it, or name another with --data/--val_data")
+            raise ValueError(f"data folder {folder} does not exist; make it, or name another with --data or --val_data")
         self.shards = sorted(self.folder.rglob("*.tar"))
         self.files = [] if self.shards else find_images(self.folder)
-        self.index = load_index(self.folder, self.shards) if self.shards else None
+        if self.shards:
+            self.index, self.broken_shards = load_index(self.folder, self.shards)
         if not len(self):
-            raise ValueError(f"data folder {folder} holds neither images nor tar shards with images")
+            recipe = self.folder / "prepare.py"
+            mend = f"; fill it with: python {recipe}" if recipe.exists() else ""
+            raise ValueError(f"data folder {folder} holds neither images nor tar shards{mend}")
+        self.moments = open_latents(self, latents_of) if latents_of else None
 
     def __len__(self):
         return len(self.index) if self.shards else len(self.files)
@@ -85,7 +96,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
             try:
                 return {**self.read((i + attempt) % len(self)), "skipped": skipped}
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                skipped.append(str(error))
+                skipped.append(" ".join(str(error).split()))
         raise RuntimeError(f"{len(skipped)} samples in a row cannot be read in {self.folder}; the last: {skipped[-1]}")
 
     def read(self, i) -> dict:
@@ -98,7 +109,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
                     os.pread(file.fileno(), *span)
                     for span in [(100, image_at - 512), (image_size, image_at), (text_size, text_at)]
                 )
-            name, source = f"{self.shards[shard]}:{name.rstrip(bytes(1)).decode(errors='replace')}", io.BytesIO(data)
+            name, source = f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}", io.BytesIO(data)
             text = text.decode(errors="replace") if text_at else None
         else:
             name = source = self.files[i]
@@ -110,45 +121,94 @@ class ImageTextDataset(torch.utils.data.Dataset):
             image = crop_image(open_image(source, self.size), self.size)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise OSError(f"{name}: {error}") from error
-        return {"image": image, "caption": text.strip() if text else None}
+        moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[i]))
+        return {"image": image, "caption": text.strip() if text else None, "moments": moments}
 
 
-def load_index(folder: Path, shards: list[Path]) -> np.ndarray:
-    """(n, 5) int64, memory-mapped: shard, image offset, image size, text offset, text size; 0, 0 where there is no
-    text. Built once, kept in `folder`, built again when a shard has changed."""
-    array_file, stamp_file = folder / "index.npy", folder / "index.json"
-    stamp = json.dumps([[str(s.relative_to(folder)), s.stat().st_size, s.stat().st_mtime_ns] for s in shards])
-    if array_file.exists() and stamp_file.exists() and stamp_file.read_text() == stamp:
-        return np.load(array_file, mmap_mode="r")
-    rows = []
-    for number, path in enumerate(tqdm(shards, desc=f"indexing {folder}", unit=" shards", disable=len(shards) < 10)):
-        samples = {}  # key: [image offset, image size, text offset, text size]
+def index_shard(path: Path) -> tuple[np.ndarray, str | None]:
+    """(n, 4) int64: image offset, image size, text offset, text size; and what is wrong with the shard, if anything."""
+    samples, problem = {}, None
+    try:
         size = path.stat().st_size
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    key, ending = os.path.splitext(member.name)
-                    at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
-                    if member.isfile() and at is not None and member.offset_data + member.size <= size:
-                        samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = member.offset_data, member.size
-        except (tarfile.TarError, OSError, EOFError) as error:
-            print(f"{path} is broken ({error}): {len(samples)} samples before the break are used")
-        rows += [[number, *spans] for spans in samples.values() if spans[0]]
-    index = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, ending = os.path.splitext(member.name)
+                at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
+                if member.isfile() and at is not None:
+                    if member.offset_data + member.size > size:
+                        raise EOFError("it ends in the middle of a file")
+                    samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = member.offset_data, member.size
+                tar.members = []  # tarfile would remember them all
+        with open(path, "rb") as file:
+            file.seek(-1024, os.SEEK_END)
+            if any(file.read()):  # a whole archive ends with two empty blocks
+                raise EOFError("its end is missing")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        problem = f"{path}: broken shard ({error}); of it, the {len(samples)} samples before the break are used"
+    return np.array([s for s in samples.values() if s[0]], dtype=np.int64).reshape(-1, 4), problem
+
+
+def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str]]:
+    """(n, 5) int64, memory-mapped: shard, image offset, image size, text offset, text size (0, 0 where there is no
+    text); and a sentence for each broken shard. Built once, by all cores, kept in `folder`, built again when a shard
+    has changed."""
+    array_file, stamp_file = folder / "index.bin", folder / "index.json"
+    stamp = [[str(s.relative_to(folder)), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+    try:
+        saved = json.loads(stamp_file.read_text())
+        if saved["shards"] == stamp:
+            return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), saved["broken"]
+    except (OSError, ValueError, KeyError):  # none yet, or torn
+        pass
+    broken, temporary = [], f"{array_file}.{os.getpid()}"
     try:
         stamp_file.unlink(missing_ok=True)
-        for file, write in [(array_file, lambda f: np.save(f, index)), (stamp_file, lambda f: f.write(stamp.encode()))]:
-            with open(f"{file}.{os.getpid()}", "wb") as f:
-                write(f)
-            os.replace(f.name, file)
-    except OSError:  # a read-only disk: index again next time
-        pass
-    return index
+        with ProcessPoolExecutor(min(os.cpu_count(), len(shards))) as pool, open(temporary, "wb") as file:
+            found = pool.map(index_shard, shards)
+            bar = tqdm(found, desc=f"indexing {folder}", unit=" shards", total=len(shards), disable=len(shards) < 10)
+            for number, (spans, problem) in enumerate(bar):
+                np.insert(spans, 0, number, axis=1).tofile(file)
+                broken += [problem] if problem else []
+        if not os.path.getsize(temporary):
+            raise ValueError(f"data folder {folder} has {len(shards)} tar shards, but no images in them")
+        os.replace(temporary, array_file)
+        Path(temporary).write_text(json.dumps({"shards": stamp, "broken": broken}))
+        os.replace(temporary, stamp_file)
+    except OSError as error:
+        raise ValueError(f"cannot write the index of the data beside it, in {folder}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return load_index(folder, shards)
 
 
-@lru_cache(maxsize=2)
+def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
+    """data/latents.py's (n, 8, size / 8, size / 8) half, memory-mapped. Raises ValueError when they are not these
+    images' or not all there."""
+    folder = dataset.folder
+    mend = f"compute them with: python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
+    try:
+        about = json.loads((folder / "latents.json").read_text())
+        moments = np.load(folder / "latents.npy", mmap_mode="r")
+        done = np.load(folder / "latents.done.npy", mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no latents computed ahead ({error}); {mend}") from error
+    if about | describe_latents(dataset, model) != about:
+        raise ValueError(f"the latents in {folder} are of other images or another model; {mend}")
+    if not done.all():
+        raise ValueError(f"the latents in {folder} are not finished; {mend}")
+    return moments
+
+
+def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
+    """What latents depend on; kept beside them."""
+    shards = [[str(s.relative_to(dataset.folder)), s.stat().st_size] for s in dataset.shards]
+    return {"diffusion_model": model, "image_size": dataset.size, "images": len(dataset), "shards": shards}
+
+
+@lru_cache(maxsize=1)
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(length)
+    """4 bytes a sample: 160 MB for 40 million, made in a second or two."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(length, dtype=np.uint32))
 
 
 def batch_indices(length: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -159,9 +219,19 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> list[in
 
 
 def collate(items: list[dict]) -> dict:
-    """{"image": (B, 3, S, S) uint8, "caption": [str], "skipped": [sentence]}"""
+    """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "skipped": [sentence]}"""
+    with_moments = items[0]["moments"] is not None
     return {
+        "moments": torch.stack([item["moments"] for item in items]) if with_moments else None,
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],
         "skipped": [sentence for item in items for sentence in item["skipped"]],
     }
+
+
+if __name__ == "__main__":  # python -m data.loader FOLDER SIZE: how many images a core reads, decodes and crops
+    dataset = ImageTextDataset(sys.argv[1], int(sys.argv[2]))
+    indices, start = batch_indices(len(dataset), min(2000, len(dataset)), seed=0, step=0), time.perf_counter()
+    for i in indices:
+        dataset[i]
+    print(f"{len(indices) / (time.perf_counter() - start):.0f} images/s on one core")

@@ -1,0 +1,106 @@
+"""
+Stage 2's images with captions: turns the authors' published set (parquet files with the columns image and caption)
+into tar shards of 384-pixel JPEGs and their captions. See readme.md for sizes.
+
+    pip install pyarrow
+    hf download --repo-type dataset ccvl/LAION-High-Qualtiy-Pro-6M-VLV --local-dir captions6m-parquet
+    python data/captions6m/prepare.py captions6m-parquet
+
+Each parquet file becomes one shard. A killed run goes on where it was, by the same command.
+"""
+
+import argparse
+import io
+import os
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.loader import open_image
+
+
+def shrink(data: bytes, size: int) -> bytes:
+    """A JPEG whose shorter side is `size`; smaller images, and JPEGs of that size, are kept as they are."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "JPEG" and min(image.size) <= size:
+            return data
+    image = open_image(io.BytesIO(data), size)
+    if min(image.size) > size:
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[str]]:
+    """Writes the shard of one parquet file; returns how many samples it has, and a sentence for each that was left out."""
+    import pyarrow.parquet as pq
+
+    target = out / f"{'-'.join(path.relative_to(source).with_suffix('').parts)}.tar"
+    if target.exists():
+        return 0, []
+    count, problems, temporary = 0, [], target.with_suffix(".tmp")
+    with pq.ParquetFile(path) as parquet, tarfile.open(temporary, "w") as tar:
+        missing = {"image", "caption"} - set(parquet.schema_arrow.names)
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}, only {', '.join(parquet.schema_arrow.names)}")
+        row = 0
+        for batch in parquet.iter_batches(batch_size=64, columns=["image", "caption"]):
+            for image, caption in zip(batch["image"].to_pylist(), batch["caption"].to_pylist()):
+                image = image.get("bytes") if isinstance(image, dict) else image  # datasets' Image feature, or plain bytes
+                key, row = f"{target.stem}-{row:08d}", row + 1
+                try:
+                    if not isinstance(image, bytes) or not (caption and caption.strip()):
+                        raise ValueError("no image bytes" if not isinstance(image, bytes) else "no caption")
+                    members = [(".jpg", shrink(image, size)), (".txt", caption.strip().encode())]
+                except Exception as error:  # whatever Pillow's plugins stumble over
+                    problems.append(f"{path}, row {row - 1}: {' '.join(str(error).split())}")
+                    continue
+                for ending, data in members:
+                    info = tarfile.TarInfo(key + ending)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                count += 1
+    os.replace(temporary, target)
+    return count, problems
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parquet", type=Path, help="folder of parquet files")
+    parser.add_argument("--out", type=Path, default=HERE / "shards")
+    parser.add_argument("--image_size", type=int, default=384)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        sys.exit("error: pyarrow is missing, install it with: pip install pyarrow")
+    files = sorted(args.parquet.rglob("*.parquet"))
+    if not files:
+        sys.exit(f"error: there are no parquet files in {args.parquet}; the top of {__file__} tells how to get them")
+    args.out.mkdir(parents=True, exist_ok=True)
+    total, problems = 0, []
+    try:
+        with ProcessPoolExecutor(args.processes) as pool:
+            jobs = pool.map(partial(convert, source=args.parquet, out=args.out, size=args.image_size), files)
+            for count, left_out in tqdm(jobs, total=len(files), unit=" files"):
+                total += count
+                problems += left_out
+    except Exception as error:  # of a parquet file, or of the disk
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    with open(args.out / "left_out.txt", "a") as file:
+        file.writelines(problem + "\n" for problem in problems)
+    print(f"done: {total:,} new samples in {args.out}" + (f"; {len(problems)} left out, see left_out.txt" if problems else ""))
+
+
+if __name__ == "__main__":
+    main()

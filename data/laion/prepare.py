@@ -1,0 +1,98 @@
+"""
+Stage 1's images: filters LAION's metadata as the paper did and downloads what is left with img2dataset, as tar shards
+of 384 x 384 JPEGs. See readme.md for sizes, times and where the metadata comes from.
+
+    pip install img2dataset pyarrow
+    python data/laion/prepare.py METADATA --max_images 1000000
+
+METADATA is a folder of parquet files with the columns URL, TEXT, WIDTH, HEIGHT and pwatermark. A killed run goes on
+where it was, by the same command.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COLUMNS = ["URL", "TEXT", "WIDTH", "HEIGHT", "pwatermark"]
+
+
+def keep(table):
+    """The rows that the paper keeps: shorter side > 512 pixels, aspect ratio 0.5 to 2, watermark probability < 0.5."""
+    import pyarrow.compute as pc
+
+    width, height = table["WIDTH"], table["HEIGHT"]
+    shorter, longer = pc.min_element_wise(width, height), pc.max_element_wise(width, height)
+    good = pc.and_(pc.greater(shorter, 512), pc.less_equal(longer, pc.multiply(shorter, 2)))
+    return table.filter(pc.and_(good, pc.less(table["pwatermark"], 0.5)))  # a missing value counts as no
+
+
+def filter_metadata(files: list[Path], folder: Path, max_images: int | None) -> int:
+    """Writes folder/NAME.parquet with URL and TEXT of the rows kept; returns how many. What exists is not made again."""
+    import pyarrow.parquet as pq
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    count = read = 0
+    for path in tqdm(files, desc="filtering", unit=" files"):
+        target, read = folder / path.name, read + pq.read_metadata(path).num_rows
+        if target.exists():
+            count += pq.read_metadata(target).num_rows
+        else:
+            missing = set(COLUMNS) - set(pq.read_schema(path).names)
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: is it LAION's metadata?")
+            table = keep(pq.read_table(path, columns=COLUMNS)).select(["URL", "TEXT"])
+            table = table.slice(0, max_images - count) if max_images else table
+            pq.write_table(table, target.with_suffix(".tmp"))
+            os.replace(target.with_suffix(".tmp"), target)
+            count += len(table)
+        if max_images and count >= max_images:
+            break
+    print(f"{count:,} of {read:,} images pass the paper's filter")
+    return count
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("metadata", type=Path, help="folder of LAION's parquet files")
+    parser.add_argument("--out", type=Path, default=HERE / "shards")
+    parser.add_argument("--max_images", type=int, help="stop filtering there, in a new --out")
+    parser.add_argument("--image_size", type=int, default=384)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=64, help="downloads at a time, in each process")
+    parser.add_argument("--images_per_shard", type=int, default=10_000)
+    parser.add_argument("--distributor", default="multiprocessing", help="or pyspark, to spread over machines")
+    args = parser.parse_args(argv)
+    try:
+        import pyarrow  # noqa: F401
+        from img2dataset import download
+    except ImportError as error:
+        sys.exit(f"error: {error.name} is missing, install it with: pip install img2dataset pyarrow")
+    files = sorted(args.metadata.rglob("*.parquet"))
+    if not files:
+        sys.exit(f"error: there are no parquet files in {args.metadata}; readme.md tells where LAION's metadata is")
+    filtered = args.out.with_name(args.out.name + "-metadata")
+    try:
+        count = filter_metadata(files, filtered, args.max_images)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if not count:
+        sys.exit(f"error: of the images in {args.metadata} none passes the filter")
+    args.out.mkdir(parents=True, exist_ok=True)
+    download(
+        url_list=str(filtered), input_format="parquet", url_col="URL", caption_col="TEXT",
+        output_folder=str(args.out), output_format="webdataset", number_sample_per_shard=args.images_per_shard,
+        image_size=args.image_size, resize_mode="center_crop", encode_quality=95, processes_count=args.processes,
+        thread_count=args.threads, min_image_size=512, max_aspect_ratio=2.0,  # the metadata may be out of date
+        retries=1, distributor=args.distributor, incremental_mode="incremental",
+    )  # fmt: skip
+    broken = [p for p in args.out.glob("*.tar") if not p.with_name(f"{p.stem}_stats.json").exists()]
+    if broken:
+        sys.exit(f"error: {len(broken)} shards are not finished, such as {broken[0]}: run the same command again")
+    print(f"done: {len(list(args.out.glob('*.tar')))} shards in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
