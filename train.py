@@ -71,12 +71,12 @@ class TrainConfig(VLVConfig):
     save_interval: int = 1000  # steps
     eval_images: int = 512  # how many validation images the loss is measured on
     eval_pictures: int = 8  # how many of them are drawn; 0: none
-    benchmark: int = 0  # measure so many steps on synthetic images, after 3 to warm up, and save nothing
+    benchmark: int = 0  # measure so many steps on synthetic images, after 2 to warm up, and save nothing
     usd_per_gpu_hour: float = 2.5  # only for what the run says about its cost
 
 
 BAD_STEPS = 10  # so many non-finite steps in a row end the run
-WARM_UP = 3  # steps of a benchmark that are not measured
+WARM_UP = 2  # steps of a benchmark that are not measured
 SIGNALS = []  # those that asked the run to save and leave
 
 
@@ -414,6 +414,9 @@ def main(argv=None):
     losses, skipped, bad_steps, bad_in_a_row, waited, clock, last = [], 0, 0, 0, 0.0, time.perf_counter(), start
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=not is_main, unit_scale=True, mininterval=0.5)  # fmt: skip
+    if __name__ == "__main__":  # from here on there is something to save
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: SIGNALS.append(number))
     for step in range(start, config.max_steps):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -500,8 +503,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: SIGNALS.append(number))
     try:
         main()
     except torch.OutOfMemoryError as error:

@@ -158,7 +158,7 @@ def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str]]
         saved = json.loads(stamp_file.read_text())
         if saved["shards"] == stamp:
             return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), saved["broken"]
-    except (OSError, ValueError, KeyError):  # none yet, or torn
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
         pass
     broken, temporary = [], f"{array_file}.{os.getpid()}"
     try:
