@@ -156,6 +156,24 @@ def weights(folder: Path) -> dict:
     return vlv.load_file(vlv.find_checkpoint(folder) / "model.safetensors")
 
 
+def test_models_that_were_downloaded_are_found_by_their_hub_ids_without_a_network(tiny, tmp_path):
+    for name in ("sd", "florence", "qwen"):  # as `hf download` leaves them
+        repository = tmp_path / f"models--someone--{name}"
+        shutil.copytree(tiny / name, repository / "snapshots" / "1234")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("1234")
+    program = """
+from vlv import VLV, VLVConfig
+model = VLV(VLVConfig("someone/sd", "someone/florence", "someone/qwen", 6, 32, 64, stage=2))
+print(sorted(model.parts()))
+model.save_pretrained("checkpoint")
+print(VLV.from_pretrained("checkpoint").config.diffusion_model)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(HERE)}
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "'unet'" in result.stdout and result.stdout.endswith("someone/sd\n"), result.stderr
+
+
 # --- the method ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +255,7 @@ def test_frozen_parts_stay_in_eval_whatever_train_is_called_on(tiny, stage):
         assert all(p.requires_grad == trained for p in part.parameters()), name
 
 
-@pytest.mark.parametrize("stage, trains", [(1, None), (2, None), (2, ["bart", "mlp", "llm"]), (2, ["mlp"])])
+@pytest.mark.parametrize("stage, trains", [(1, None), (2, None), (2, ["mlp", "llm"]), (2, ["mlp"])])
 def test_frozen_parts_do_not_move_by_a_bit_and_every_trained_one_does(tiny, batch, stage, trains):
     model = tiny_model(tiny, stage=stage, **({"stage2_trains": trains} if trains else {})).train()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -257,8 +275,8 @@ def test_frozen_parts_do_not_move_by_a_bit_and_every_trained_one_does(tiny, batc
 
 def test_a_part_that_a_stage_does_not_need_is_not_loaded(tiny):
     stage1 = VLV(VLVConfig(**tiny_settings(tiny)), for_training=True)
-    stage2 = VLV(VLVConfig(**tiny_settings(tiny, stage=2)), for_training=True)
-    stage2_with_bart = VLV(VLVConfig(**tiny_settings(tiny, stage=2, stage2_trains=["bart"])), for_training=True)
+    stage2 = VLV(VLVConfig(**tiny_settings(tiny, stage=2, stage2_trains=["mlp", "llm"])), for_training=True)
+    stage2_with_bart = VLV(VLVConfig(**tiny_settings(tiny, stage=2)), for_training=True)
     assert {"unet", "vae"} <= set(stage1.parts()) and "llm" not in stage1.parts()
     assert {"mlp", "llm"} <= set(stage2.parts()) and not {"unet", "vae"} & set(stage2.parts())
     assert {"unet", "vae", "llm"} <= set(stage2_with_bart.parts())
@@ -452,14 +470,14 @@ def test_two_evaluations_of_one_model_agree_exactly_and_draw_pictures(tiny, tmp_
     first, second = validation(run)
     assert first == second
     assert Image.open(run / "step-000001.png").width > 2 * 32
-    run = train_tiny(tiny, tmp_path, stage=2, **settings)
+    run = train_tiny(tiny, tmp_path, stage=2, stage2_trains=["mlp", "llm"], **settings)  # which loads the UNet to draw
     assert len(set(validation(run))) == 1
     assert (run / "step-000002.png").exists()
 
 
-def test_stage_2_leaves_the_reconstructions_as_they_were(tiny, batch, tmp_path):
+def test_without_bart_stage_2_leaves_the_reconstructions_as_they_were(tiny, batch, tmp_path):
     stage1 = train_tiny(tiny, tmp_path)
-    stage2 = train_tiny(tiny, tmp_path, stage=2)
+    stage2 = train_tiny(tiny, tmp_path, stage=2, stage2_trains=["mlp", "llm"])
     with torch.no_grad():
         before, after = (VLV.from_pretrained(run).embed(batch["image"]) for run in (stage1, stage2))
     assert torch.equal(before, after)
@@ -516,8 +534,7 @@ def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, toleranc
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     if "latents" in speedup:
         latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32", "--batch_size", "5"])
-    parts = ["bart", "mlp", "llm"]  # in both stages the denoising loss
-    settings = dict(data=data, max_steps=3, encoder=tiny / "florence_no_dropout", stage2_trains=parts, stage=stage)
+    settings = dict(data=data, max_steps=3, encoder=tiny / "florence_no_dropout", stage=stage)
     start = train_tiny(tiny, tmp_path / "start", **settings | dict(stage=1, max_steps=1)) if stage == 2 else ""
     plain, fast = (train_tiny(tiny, tmp_path / name, init_from=start, **settings | more)
                    for name, more in [("plain", {"no-channels_last": True}), ("fast", {"no-channels_last": True} | speedup)])  # fmt: skip
@@ -894,7 +911,8 @@ def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(toy, toy_images):
     with torch.no_grad():
         prompt_embeds = toy.embed(images)
     captions = toy.caption_head.generate(prompt_embeds)
-    assert score_captions(truths, captions)["attributes"] >= 0.8
+    scores = score_captions(truths, captions)
+    assert scores["exact"] >= 0.85 and scores["attributes"] >= 0.97
     redrawn = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds, num_inference_steps=25))
     from_truth = score_pictures(truths, toy.decoder.reconstruct([describe(t) for t in truths], num_inference_steps=25))
     swapped = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds.roll(1, 0), num_inference_steps=25))

@@ -71,12 +71,11 @@ class TrainConfig(VLVConfig):
     save_interval: int = 1000  # steps
     eval_images: int = 512  # how many validation images the loss is measured on
     eval_pictures: int = 8  # how many of them are drawn; 0: none
-    benchmark: int = 0  # measure so many steps on synthetic images, after 2 to warm up, and save nothing
+    benchmark: int = 0  # measure so many steps on synthetic images, and save nothing
     usd_per_gpu_hour: float = 2.5  # only for what the run says about its cost
 
 
 BAD_STEPS = 10  # so many non-finite steps in a row end the run
-WARM_UP = 2  # steps of a benchmark that are not measured
 SIGNALS = []  # those that asked the run to save and leave
 
 
@@ -172,23 +171,29 @@ def prepare_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def to_device(batch: dict, device: torch.device) -> list:
+    """A batch's images and moments (or None)."""
+    return [x if x is None else x.to(device, non_blocking=True) for x in (batch["image"], batch["moments"])]
+
+
 def synthetic_batch(config: TrainConfig, with_moments: bool) -> dict:
     """What collate returns, of random images and captions of full length; for --benchmark."""
-    side = config.image_size // 8
+    count, size = config.micro_batch_size, config.image_size
     return {
-        "image": torch.randint(0, 256, (config.micro_batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8),
-        "caption": ["a " * config.max_caption_tokens] * config.micro_batch_size,
-        "moments": torch.randn(config.micro_batch_size, 8, side, side) if with_moments else None,
+        "image": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
+        "caption": ["a " * config.max_caption_tokens] * count,
+        "moments": torch.randn(count, 8, size // 8, size // 8) if with_moments else None,
         "skipped": [],
-    }  # fmt: skip
+    }
 
 
 def count_flops(model: VLV, config: TrainConfig, autocast) -> int:
     """FLOPs that one image needs, forward and backward, without what checkpointing computes twice."""
-    one = dataclasses.replace(config, micro_batch_size=1)
-    batch, device = synthetic_batch(one, config.latents and model.config.denoises), next(model.parameters()).device
+    device = next(model.parameters()).device
+    batch = synthetic_batch(dataclasses.replace(config, micro_batch_size=1), config.latents and config.denoises)
+    images, moments = to_device(batch, device)
     with FlopCounterMode(display=False) as counter, autocast():
-        model(batch["image"].to(device), batch["caption"], [0], batch["moments"]).backward()
+        model(images, batch["caption"], [0], moments).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -236,7 +241,6 @@ def main(argv=None):
         if has_run and not config.resume:
             raise ValueError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
         torch.manual_seed(config.seed)  # the same new weights on every rank
-        model_settings = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__}
         source = run_dir if has_run else config.init_from
         if config.stage == 2 and not source and not config.random_init:
             source = Path(config.out_dir) / "stage1"
@@ -244,18 +248,22 @@ def main(argv=None):
             source = find_checkpoint(source)
             if not has_run and config.stage == 2 and load_config(source).stage == 2:
                 raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
-        denoises = VLVConfig(**model_settings).denoises
+        # what no flag says, the checkpoint does
+        model_config = load_config(source) if source else VLVConfig()
+        overrides = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__} | {"stage": config.stage}
+        config = dataclasses.replace(config, **dataclasses.asdict(dataclasses.replace(model_config, **overrides)))
+        with_moments = config.latents and config.denoises
 
         def open_data(folder):
             return ImageTextDataset(folder, config.image_size, with_captions=config.stage == 2,
-                                    latents_of=config.diffusion_model if config.latents and denoises else None)  # fmt: skip
+                                    latents_of=config.diffusion_model if with_moments else None)  # fmt: skip
 
         if is_local_main and not config.benchmark:  # who comes first builds the index; the others find it
             dataset, val_dataset = open_data(config.data), open_data(config.val_data) if config.val_data else None
         if source:
-            model = VLV.from_pretrained(source, for_training=True, **{**model_settings, "stage": config.stage})
+            model = VLV.from_pretrained(source, for_training=True, **overrides)
         else:
-            model = VLV(VLVConfig(**model_settings), for_training=True)
+            model = VLV(dataclasses.replace(model_config, **overrides), for_training=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if is_main else 1)
 
@@ -277,42 +285,40 @@ def main(argv=None):
     model.to(device).train()
     flops = count_flops(model, config, autocast) if config.benchmark else 0
     for name, part in model.parts().items():
-        modules = part.values() if isinstance(part, torch.nn.ModuleDict) else [part]
-        if config.gradient_checkpointing and name == "unet":
-            part.enable_gradient_checkpointing()
-        if config.gradient_checkpointing and name in ("bart", "llm"):
-            for module in modules:
-                module.gradient_checkpointing_enable()
-        if config.compile and name in ("davit", "unet"):
-            for module in modules:
-                module.compile()
-        if config.compile and name == "vae":
-            part.encoder.compile()
+        for module in part.values() if isinstance(part, torch.nn.ModuleDict) else [part]:
+            if config.gradient_checkpointing and name in ("unet", "bart", "llm"):
+                (module.enable_gradient_checkpointing if name == "unet" else module.gradient_checkpointing_enable)()
+            if config.compile and name in ("davit", "vae", "unet"):
+                (module.encoder if name == "vae" else module).compile()
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=device.type == "cuda")  # fmt: skip
     # The weights that learn stay in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. What
     # that costs in memory, AdamW's two moments, is shared out among the processes (ZeRO's first stage).
-    optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw) if world_size > 1 else torch.optim.AdamW(params, **adamw)
+    if world_size > 1:
+        optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(params, **adamw)
     start = 0
     if has_run:
         trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(trainer["optimizer"])
-        for state in getattr(optimizer, "optim", optimizer).state.values():  # ZeroRedundancyOptimizer leaves it on the host, where fused AdamW fails
-            if adamw["fused"] and "step" in state:
+        for state in getattr(optimizer, "optim", optimizer).state.values():
+            if adamw["fused"]:  # which wants the step on the GPU, where ZeroRedundancyOptimizer does not put it
                 state["step"] = state["step"].to(device)
         start = trainer["step"]
     ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    warm_up = 2 if device.type == "cuda" else 0  # steps of a benchmark that are not measured
     if config.benchmark:
-        config.max_steps = WARM_UP + config.benchmark
+        config.max_steps = warm_up + config.benchmark
 
     # --- what this run is, and what it writes ----------------------------------------------------------------------------
     learning = sum(p.numel() for p in params) * 4 / 1e9
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     say(f"starting from {source or ('random weights' if config.random_init else 'the pretrained models')}")
-    say(f"stage {config.stage}: " + (f"{len(dataset):,} samples from {config.data}" if not config.benchmark else "synthetic images")
-        + f", steps {start:,} to {config.max_steps:,} of {config.batch_size} images ({world_size} processes x"
+    data = "synthetic images" if config.benchmark else f"{len(dataset):,} samples from {config.data}"
+    say(f"stage {config.stage}: {data}, steps {start:,} to {config.max_steps:,} of {config.batch_size} images ({world_size} processes x"
         f" {config.micro_batch_size} x {grad_accum_steps}), learning rate {config.learning_rate:g} ({config.lr_schedule}),"
         f" {'bf16' if bf16 else 'fp32'} on {device.type}\n{model.describe()}\n  memory a process: {held:.2f} GB of weights,"
         f" {learning:.2f} GB of gradients, {2 * learning / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
@@ -320,7 +326,8 @@ def main(argv=None):
     if is_main and not config.benchmark:
         (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         if (run_dir / "log.jsonl").exists():  # what came after the checkpoint comes again
-            lines = [line for line in open(run_dir / "log.jsonl") if line.endswith("\n") and json.loads(line)["step"] <= start]
+            lines = [line for line in open(run_dir / "log.jsonl") if line.endswith("\n")]
+            lines = [line for line in lines if json.loads(line)["step"] <= start]
             (run_dir / "log.jsonl").write_text("".join(lines))
 
     def log(**values):
@@ -343,10 +350,6 @@ def main(argv=None):
             dist.all_reduce(values, op)
         return values.tolist()
 
-    def to_device(batch):
-        """images, moments"""
-        return [x if x is None else x.to(device, non_blocking=True) for x in (batch["image"], batch["moments"])]
-
     @torch.no_grad()
     def evaluate(step):
         """Loss on the first validation images, with noise and timesteps that depend on the image alone; a picture."""
@@ -356,7 +359,7 @@ def main(argv=None):
         for at in range(0, len(mine), config.micro_batch_size):
             indices = mine[at : at + config.micro_batch_size]
             batch = collate([val_dataset[i] for i in indices])
-            images, moments = to_device(batch)
+            images, moments = to_device(batch, device)
             with autocast():
                 loss = model(images, batch["caption"], seeds_of(0, 0, indices), moments)
             total, count = total + loss.item() * len(indices), count + len(indices)
@@ -407,7 +410,7 @@ def main(argv=None):
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
     if config.benchmark:
-        loader = repeat(synthetic_batch(config, config.latents and denoises))
+        loader = repeat(synthetic_batch(config, with_moments))
     else:
         loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
                                                   num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
@@ -426,7 +429,7 @@ def main(argv=None):
             before = time.perf_counter()
             batch = next(loader)
             waited += time.perf_counter() - before
-            images, moments = to_device(batch)
+            images, moments = to_device(batch, device)
             skipped += len(batch["skipped"])
             note_skipped(batch["skipped"])
             seeds = seeds_of(config.seed, step, places(micro_step))
@@ -453,7 +456,7 @@ def main(argv=None):
         done, now = step + 1, time.perf_counter()
         finished = done == config.max_steps
         if config.benchmark:
-            if done == WARM_UP:
+            if done == warm_up:
                 clock, last = now, done
                 torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
             continue

@@ -50,10 +50,10 @@ class VLVConfig:
     prompt: str = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
     max_caption_tokens: int = 300  # longer captions are cut, and then not taught to end there
     stage: int = 1  # the last stage of training: 1 reconstructs, 2 captions too
-    # which parts each stage trains, of bart, queries, projection, mlp, llm. Where stage 2 trains any of the first
-    # three (the paper: bart), the denoising loss stays on, or the embedding would forget how to redraw the image.
+    # Which parts each stage trains, of bart, queries, projection, mlp, llm. As stage 2 trains bart, too, the denoising
+    # loss stays on there, or the embedding would forget how to redraw the image; with mlp and llm alone it goes.
     stage1_trains: tuple[str, ...] = ("bart", "queries", "projection")
-    stage2_trains: tuple[str, ...] = ("mlp", "llm")
+    stage2_trains: tuple[str, ...] = ("bart", "mlp", "llm")
     random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
 
     def __post_init__(self):
