@@ -34,7 +34,7 @@ import sample
 import train
 import vlv
 from data import latents
-from data.loader import ImageTextDataset, batch_indices, collate, crop_image, open_image
+from data.loader import ImageTextDataset, batch_indices, collate, crop_image, open_image, tar_files
 from vlv import VLV, VLVConfig
 
 HERE = Path(__file__).parent
@@ -683,6 +683,22 @@ def test_a_truncated_shard_gives_what_is_before_the_break_and_is_named(tiny, tmp
         dataset = ImageTextDataset(tmp_path, 32, with_captions=True)
         assert 12 < len(dataset) < 24 and dataset.broken_shards[0].startswith(f"{tmp_path / '1.tar'}: broken shard"), built
         assert all(dataset[i]["image"].any() for i in range(len(dataset)))
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_our_reader_of_tars_finds_what_tarfile_finds(tmp_path, form):
+    names = ["0.jpg", "folder/1.txt", "d" * 80 + "/" + "e" * 90 + ".jpg"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["\u00e9" * 30 + ".png", "f/" * 90 + "2.jpg"]
+    with tarfile.open(tmp_path / "0.tar", "w", format=form) as tar:
+        tar.addfile(tarfile.TarInfo("folder")) if form == tarfile.GNU_FORMAT else None
+        for size, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 511 * size, 1234.5 if form == tarfile.PAX_FORMAT else 1234
+            tar.addfile(info, io.BytesIO(bytes([65 + size]) * info.size))
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        theirs = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    with open(tmp_path / "0.tar", "rb") as file:
+        assert list(tar_files(file, (tmp_path / "0.tar").stat().st_size)) == theirs and len(theirs) >= len(names)
 
 
 def test_whatever_is_wrong_with_a_file_the_loader_says_so_and_lives(tiny, tmp_path):

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -125,25 +124,53 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return {"image": image, "caption": text.strip() if text else None, "moments": moments}
 
 
+def tar_files(file, size: int):
+    """Yields (name, offset, size) of the regular files in a tar. As tarfile does, and some times faster, since it looks
+    at names and sizes alone: ten million samples have thirty million headers. Raises EOFError or ValueError."""
+    at, extended = 0, {}
+    while True:
+        header = os.pread(file.fileno(), 512, at)
+        if len(header) < 512:
+            raise EOFError("its end is missing")
+        if not any(header):  # an empty block ends the archive
+            return
+        if header[257:262] != b"ustar":
+            raise ValueError(f"there is no tar header at byte {at:,}")
+        kind, digits = header[156:157], header[124:136]
+        length = int.from_bytes(digits[1:], "big") if digits[0] & 0x80 else int(digits.strip(b"\0 ") or b"0", 8)
+        data_at = at + 512
+        if kind in (b"x", b"L"):  # what the next header has no room for: pax records ("12 path=abc\n"), or a long GNU name
+            data = os.pread(file.fileno(), length, data_at)
+            if kind == b"L":
+                extended[b"path"] = data.rstrip(b"\0")
+            while kind == b"x" and data:
+                count = int(data[: data.index(b" ")])
+                key, _, value = data[data.index(b" ") + 1 : count - 1].partition(b"=")
+                extended[key], data = value, data[count:]
+        else:
+            length = int(extended.get(b"size", length))
+            if data_at + length > size:
+                raise EOFError("it ends in the middle of a file")
+            if kind in (b"0", b"\0"):
+                name, prefix = (part.split(b"\0")[0] for part in (header[:100], header[345:500]))
+                prefix = b"" if header[257:265] == b"ustar  \0" else prefix  # GNU tars keep other things there
+                name = extended.get(b"path", prefix + b"/" + name if prefix else name)
+                yield name.decode(errors="replace"), data_at, length
+            extended = {}
+        at = data_at + -(-length // 512) * 512
+
+
 def index_shard(path: Path) -> tuple[np.ndarray, str | None]:
     """(n, 4) int64: image offset, image size, text offset, text size; and what is wrong with the shard, if anything."""
     samples, problem = {}, None
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, ending = os.path.splitext(member.name)
-                at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
-                if member.isfile() and at is not None:
-                    if member.offset_data + member.size > size:
-                        raise EOFError("it ends in the middle of a file")
-                    samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = member.offset_data, member.size
-                tar.members = []  # tarfile would remember them all
         with open(path, "rb") as file:
-            file.seek(-1024, os.SEEK_END)
-            if any(file.read()):  # a whole archive ends with two empty blocks
-                raise EOFError("its end is missing")
-    except (tarfile.TarError, OSError, EOFError) as error:
+            for name, offset, size in tar_files(file, path.stat().st_size):
+                key, ending = os.path.splitext(name)
+                at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
+                if at is not None:
+                    samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = offset, size
+    except (OSError, EOFError, ValueError) as error:
         problem = f"{path}: broken shard ({error}); of it, the {len(samples)} samples before the break are used"
     return np.array([s for s in samples.values() if s[0]], dtype=np.int64).reshape(-1, 4), problem
 
