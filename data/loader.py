@@ -187,7 +187,7 @@ def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str]]
             return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), saved["broken"]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
         pass
-    broken, temporary = [], f"{array_file}.{os.getpid()}"
+    broken, temporary = [], f"{array_file}.{os.uname().nodename}.{os.getpid()}"
     try:
         stamp_file.unlink(missing_ok=True)
         with ProcessPoolExecutor(min(os.cpu_count(), len(shards))) as pool, open(temporary, "wb") as file:
