@@ -528,7 +528,8 @@ def test_random_init_builds_the_same_shapes_with_other_weights(tiny):
     ({"gradient_checkpointing": True}, 1e-5),
     ({"precision": "bf16"}, 2e-2),  # eight bits of mantissa
     ({"latents": True}, 1e-3),  # stored in half precision
-    pytest.param({"compile": True}, 1e-4, marks=pytest.mark.skipif(not SLOW, reason="a minute: VLV_SLOW=1")),
+    # the first loss agrees to 1e-6; in the steps after it AdamW has enlarged the rounding of gradients that are almost 0
+    pytest.param({"compile": True}, 5e-3, marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1")),
 ])  # fmt: skip
 def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, tolerance):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
