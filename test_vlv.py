@@ -2,7 +2,7 @@
 Claims about VLV, on tiny random models and on the bundled toy; no network.
 
     pytest                              # a few minutes on two cores
-    VLV_SLOW=1 pytest -k "kill or compile or full_size"     # and those that take long
+    VLV_SLOW=1 pytest -k "kill or fast or full_size"        # and those that take long
 """
 
 import dataclasses

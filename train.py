@@ -74,6 +74,11 @@ class TrainConfig(VLVConfig):
     benchmark: int = 0  # measure so many steps on synthetic images, and save nothing
     usd_per_gpu_hour: float = 2.5  # only for what the run says about its cost
 
+    @property
+    def reads_moments(self) -> bool:
+        """Whether the latents' moments come with the images; a stage that does not denoise needs none."""
+        return self.latents and self.denoises
+
 
 BAD_STEPS = 10  # so many non-finite steps in a row end the run
 SIGNALS = []  # those that asked the run to save and leave
@@ -176,13 +181,13 @@ def to_device(batch: dict, device: torch.device) -> list:
     return [x if x is None else x.to(device, non_blocking=True) for x in (batch["image"], batch["moments"])]
 
 
-def synthetic_batch(config: TrainConfig, with_moments: bool) -> dict:
+def synthetic_batch(config: TrainConfig) -> dict:
     """What collate returns, of random images and captions of full length; for --benchmark."""
     count, size = config.micro_batch_size, config.image_size
     return {
         "image": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
         "caption": ["a " * config.max_caption_tokens] * count,
-        "moments": torch.randn(count, 8, size // 8, size // 8) if with_moments else None,
+        "moments": torch.randn(count, 8, size // 8, size // 8) if config.reads_moments else None,
         "skipped": [],
     }
 
@@ -190,7 +195,7 @@ def synthetic_batch(config: TrainConfig, with_moments: bool) -> dict:
 def count_flops(model: VLV, config: TrainConfig, autocast) -> int:
     """FLOPs that one image needs, forward and backward, without what checkpointing computes twice."""
     device = next(model.parameters()).device
-    batch = synthetic_batch(dataclasses.replace(config, micro_batch_size=1), config.latents and config.denoises)
+    batch = synthetic_batch(dataclasses.replace(config, micro_batch_size=1))
     images, moments = to_device(batch, device)
     with FlopCounterMode(display=False) as counter, autocast():
         model(images, batch["caption"], [0], moments).backward()
@@ -252,14 +257,16 @@ def main(argv=None):
         model_config = load_config(source) if source else VLVConfig()
         overrides = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__} | {"stage": config.stage}
         config = dataclasses.replace(config, **dataclasses.asdict(dataclasses.replace(model_config, **overrides)))
-        with_moments = config.latents and config.denoises
 
-        def open_data(folder):
-            return ImageTextDataset(folder, config.image_size, with_captions=config.stage == 2,
-                                    latents_of=config.diffusion_model if with_moments else None)  # fmt: skip
+        def open_data():
+            """The data sets for training and, or None, for validation."""
+            kwargs = dict(size=config.image_size, with_captions=config.stage == 2,
+                          latents_of=config.diffusion_model if config.reads_moments else None)  # fmt: skip
+            validation = ImageTextDataset(config.val_data, **kwargs) if config.val_data else None
+            return ImageTextDataset(config.data, **kwargs), validation
 
         if is_local_main and not config.benchmark:  # who comes first builds the index; the others find it
-            dataset, val_dataset = open_data(config.data), open_data(config.val_data) if config.val_data else None
+            dataset, val_dataset = open_data()
         if source:
             model = VLV.from_pretrained(source, for_training=True, **overrides)
         else:
@@ -272,7 +279,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         dist.barrier()
     if not is_local_main and not config.benchmark:
-        dataset, val_dataset = open_data(config.data), open_data(config.val_data) if config.val_data else None
+        dataset, val_dataset = open_data()
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -410,7 +417,7 @@ def main(argv=None):
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
     if config.benchmark:
-        loader = repeat(synthetic_batch(config, with_moments))
+        loader = repeat(synthetic_batch(config))
     else:
         loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
                                                   num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip

@@ -246,7 +246,7 @@ class DiffusionDecoder(nn.Module):
         moments: encode_image's, where they were computed ahead.
         """
         vae, steps, device = self.vae, self.scheduler.config.num_train_timesteps, images.device
-        with torch.no_grad(), own_precision(images):
+        with torch.no_grad():
             moments = self.encode_image(images) if moments is None else moments
             posterior = DiagonalGaussianDistribution(moments.float())
             shape = posterior.mean.shape[1:]  # (4, S / 8, S / 8)

@@ -28,15 +28,16 @@ def keep(table):
     return table.filter(pc.and_(good, pc.less(table["pwatermark"], 0.5)))  # a missing value counts as no
 
 
-def filter_metadata(files: list[Path], folder: Path, max_images: int | None) -> int:
-    """Writes folder/NAME.parquet with URL and TEXT of the rows kept; returns how many. What exists is not made again."""
+def filter_metadata(source: Path, files: list[Path], folder: Path, max_images: int | None) -> int:
+    """Writes a parquet file with URL and TEXT of the rows kept for each of source's; returns how many rows. What exists
+    is not made again."""
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
     count = read = 0
     for path in tqdm(files, desc="filtering", unit=" files"):
-        target, read = folder / path.name, read + pq.read_metadata(path).num_rows
+        target, read = folder / "-".join(path.relative_to(source).parts), read + pq.read_metadata(path).num_rows
         if target.exists():
             count += pq.read_metadata(target).num_rows
         else:
@@ -75,7 +76,7 @@ def main(argv=None):
         sys.exit(f"error: there are no parquet files in {args.metadata}; readme.md tells where LAION's metadata is")
     filtered = args.out.with_name(args.out.name + "-metadata")
     try:
-        count = filter_metadata(files, filtered, args.max_images)
+        count = filter_metadata(args.metadata, files, filtered, args.max_images)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not count:
