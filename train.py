@@ -22,7 +22,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.loader import ImageTextDataset, batch_indices, collate
+from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate
 from sample import panel, quiet
-from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config, read_json
+from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config, read_json, to_device
 
 
 @dataclass
@@ -50,7 +50,8 @@ class TrainConfig(VLVConfig):
     device: str = "cuda"  # cuda, cpu, or auto: cuda where there is a GPU
     seed: int = 0  # decides the order of the data, every noise and every dropout
     batch_size: int | None = None  # images a step, over all processes
-    micro_batch_size: int | None = None  # images a forward pass; None: a process's share of batch_size at once
+    # images a forward pass; None: a process's share of batch_size, as far as 80 GB hold it at the paper's size
+    micro_batch_size: int | None = None
     max_steps: int | None = None
     learning_rate: float | None = None
     lr_schedule: str | None = None  # cosine or linear, to zero at max_steps
@@ -63,7 +64,7 @@ class TrainConfig(VLVConfig):
     precision: str = "auto"
     channels_last: bool = True  # the layout in which convolutions are faster
     compile: bool = False  # torch.compile of the frozen nets: minutes at the start
-    gradient_checkpointing: bool = False  # less memory, a third more work
+    gradient_checkpointing: tuple[str, ...] = ()  # of unet, bart, llm: less memory, their forward pass twice
     latents: bool = False  # read the VAE's moments, computed ahead by data/latents.py
     num_workers: int = 4  # processes a rank that decode images; 0: none, good for tiny images
     log_interval: int = 10  # steps
@@ -104,7 +105,7 @@ def read_settings(argv) -> dict:
         kwargs = dict(default=argparse.SUPPRESS, help=f"default: {field.default!r}")
         if field.type is bool:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kwargs)
-        elif name.endswith("_trains"):
+        elif "tuple" in str(field.type):
             parser.add_argument(f"--{name}", nargs="+", metavar="PART", **kwargs)
         else:
             kind = next(t for t in (int, float, str) if t.__name__ in str(field.type))
@@ -124,7 +125,7 @@ def read_settings(argv) -> dict:
         want = fields[name].type
         if isinstance(value, int) and not isinstance(value, bool) and "float" in str(want):
             settings[name] = value = float(value)
-        if not name.endswith("_trains") and not isinstance(value, want):
+        if "tuple" not in str(want) and not isinstance(value, want):
             raise ValueError(f"{name} is {value!r}, but must be {getattr(want, '__name__', want)}")
     return settings
 
@@ -134,7 +135,7 @@ def resolve(settings: dict, world_size: int) -> TrainConfig:
     stage = settings.get("stage", 1)
     config = TrainConfig(**(RECIPE.get(stage, {}) | settings))
     share, rest = divmod(config.batch_size, world_size)
-    config.micro_batch_size = config.micro_batch_size or share
+    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if stage == 1 else 8)
     if rest or not share or config.micro_batch_size < 1 or share % config.micro_batch_size:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide into {world_size} processes and micro-batches of"
@@ -142,6 +143,7 @@ def resolve(settings: dict, world_size: int) -> TrainConfig:
         )
     check_names([config.lr_schedule], ["cosine", "linear"], "lr_schedule")
     check_names([config.precision], ["auto", "fp32", "bf16"], "precision")
+    check_names(config.gradient_checkpointing, ["unet", "bart", "llm"], "gradient_checkpointing")
     for name in ("max_steps", "log_interval", "eval_interval", "save_interval"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}, but must be at least 1")
@@ -176,29 +178,30 @@ def prepare_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def to_device(batch: dict, device: torch.device) -> list:
-    """A batch's images and moments (or None)."""
-    return [x if x is None else x.to(device, non_blocking=True) for x in (batch["image"], batch["moments"])]
+def speed_up(model: VLV, config: TrainConfig, bf16: bool) -> None:
+    """What makes the model's parts faster or smaller, and changes what they compute by rounding at most."""
+    for name, part in model.parts().items():
+        if bf16 and name not in model.config.learned:
+            part.to(torch.bfloat16)
+        if config.channels_last and name in ("vae", "unet"):
+            part.to(memory_format=torch.channels_last)
+        for module in part.values() if isinstance(part, torch.nn.ModuleDict) else [part]:
+            if name in config.gradient_checkpointing:
+                (module.enable_gradient_checkpointing if name == "unet" else module.gradient_checkpointing_enable)()
+            if config.compile and name in ("davit", "vae", "unet"):
+                (module.encoder if name == "vae" else module).compile()
 
 
-def synthetic_batch(config: TrainConfig) -> dict:
-    """What collate returns, of random images and captions of full length; for --benchmark."""
-    count, size = config.micro_batch_size, config.image_size
-    return {
-        "image": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
-        "caption": ["a " * config.max_caption_tokens] * count,
-        "moments": torch.randn(count, 8, size // 8, size // 8) if config.reads_moments else None,
-        "skipped": [],
-    }
+def loss_of(model, batch: dict, seeds: list[int], device: torch.device) -> torch.Tensor:
+    """The model's loss, a scalar, of a batch as collate makes it."""
+    images, moments = (to_device(batch[name], device) for name in ("image", "moments"))
+    return model(images, batch["caption"], seeds, moments)
 
 
-def count_flops(model: VLV, config: TrainConfig, autocast) -> int:
-    """FLOPs that one image needs, forward and backward, without what checkpointing computes twice."""
-    device = next(model.parameters()).device
-    batch = synthetic_batch(dataclasses.replace(config, micro_batch_size=1))
-    images, moments = to_device(batch, device)
-    with FlopCounterMode(display=False) as counter, autocast():
-        model(images, batch["caption"], [0], moments).backward()
+def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
+    """FLOPs that one sample needs, forward and backward, without what checkpointing computes twice."""
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, collate([sample]), [0], device).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -260,12 +263,14 @@ def main(argv=None):
 
         def open_data():
             """The data sets for training and, or None, for validation."""
+            if config.benchmark:
+                return SyntheticDataset(config.image_size, config.max_caption_tokens, config.reads_moments), None
             kwargs = dict(size=config.image_size, with_captions=config.stage == 2,
                           latents_of=config.diffusion_model if config.reads_moments else None)  # fmt: skip
             validation = ImageTextDataset(config.val_data, **kwargs) if config.val_data else None
             return ImageTextDataset(config.data, **kwargs), validation
 
-        if is_local_main and not config.benchmark:  # who comes first builds the index; the others find it
+        if is_local_main:  # who comes first builds the index; the others find it
             dataset, val_dataset = open_data()
         if source:
             model = VLV.from_pretrained(source, for_training=True, **overrides)
@@ -278,28 +283,21 @@ def main(argv=None):
     if world_size > 1:  # an hour: one rank may be indexing a new data folder
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         dist.barrier()
-    if not is_local_main and not config.benchmark:
+    if not is_local_main:
         dataset, val_dataset = open_data()
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    for name, part in model.parts().items():
-        if bf16 and name not in model.config.learned:
-            part.to(torch.bfloat16)
-        if config.channels_last and name in ("vae", "unet"):
-            part.to(memory_format=torch.channels_last)
+    # no cache: a step uses each weight once, and what is cached gradient checkpointing could not free
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     model.to(device).train()
-    flops = count_flops(model, config, autocast) if config.benchmark else 0
-    for name, part in model.parts().items():
-        for module in part.values() if isinstance(part, torch.nn.ModuleDict) else [part]:
-            if config.gradient_checkpointing and name in ("unet", "bart", "llm"):
-                (module.enable_gradient_checkpointing if name == "unet" else module.gradient_checkpointing_enable)()
-            if config.compile and name in ("davit", "vae", "unet"):
-                (module.encoder if name == "vae" else module).compile()
+    if config.benchmark:
+        with autocast():
+            flops = count_flops(model, dataset[0], device)
+    speed_up(model, config, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
-                 weight_decay=config.weight_decay, fused=device.type == "cuda")  # fmt: skip
+                 weight_decay=config.weight_decay, fused=True)  # fmt: skip
     # The weights that learn stay in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. What
     # that costs in memory, AdamW's two moments, is shared out among the processes (ZeRO's first stage).
     if world_size > 1:
@@ -311,8 +309,7 @@ def main(argv=None):
         trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(trainer["optimizer"])
         for state in getattr(optimizer, "optim", optimizer).state.values():
-            if adamw["fused"]:  # which wants the step on the GPU, where ZeroRedundancyOptimizer does not put it
-                state["step"] = state["step"].to(device)
+            state["step"] = state["step"].to(device)  # ZeroRedundancyOptimizer leaves it on the host
         start = trainer["step"]
     ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
@@ -348,7 +345,7 @@ def main(argv=None):
                 file.write(sentence + "\n")
             tqdm.write(f"skipped: {sentence}")
 
-    if is_main and not config.benchmark:
+    if is_main:
         note_skipped(dataset.broken_shards)
 
     def over_ranks(values, op=dist.ReduceOp.SUM) -> list[float]:
@@ -366,9 +363,8 @@ def main(argv=None):
         for at in range(0, len(mine), config.micro_batch_size):
             indices = mine[at : at + config.micro_batch_size]
             batch = collate([val_dataset[i] for i in indices])
-            images, moments = to_device(batch, device)
             with autocast():
-                loss = model(images, batch["caption"], seeds_of(0, 0, indices), moments)
+                loss = loss_of(model, batch, seeds_of(0, 0, indices), device)
             total, count = total + loss.item() * len(indices), count + len(indices)
         total, count = over_ranks([total, count])
         if is_main and config.eval_pictures:
@@ -416,11 +412,8 @@ def main(argv=None):
             indices = batch_indices(len(dataset), config.batch_size, config.seed, step)
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
-    if config.benchmark:
-        loader = repeat(synthetic_batch(config))
-    else:
-        loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
-                                                  num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
+    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
+                                              num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
     losses, skipped, bad_steps, bad_in_a_row, waited, clock, last = [], 0, 0, 0, 0.0, time.perf_counter(), start
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=not is_main, unit_scale=True, mininterval=0.5)  # fmt: skip
@@ -436,7 +429,6 @@ def main(argv=None):
             before = time.perf_counter()
             batch = next(loader)
             waited += time.perf_counter() - before
-            images, moments = to_device(batch, device)
             skipped += len(batch["skipped"])
             note_skipped(batch["skipped"])
             seeds = seeds_of(config.seed, step, places(micro_step))
@@ -445,7 +437,7 @@ def main(argv=None):
             last_micro_step = micro_step == grad_accum_steps - 1
             with nullcontext() if last_micro_step or world_size == 1 else ddp.no_sync():
                 with autocast():
-                    loss = ddp(images, batch["caption"], seeds, moments) / grad_accum_steps
+                    loss = loss_of(ddp, batch, seeds, device) / grad_accum_steps
                 loss.backward()
             step_losses.append(loss.detach() * grad_accum_steps)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)

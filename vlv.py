@@ -110,6 +110,13 @@ def own_precision(x: torch.Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """x on the device, or None for None. From pinned memory, so that the host does not wait for a GPU."""
+    if x is None or device.type != "cuda":
+        return x if x is None else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
     """cls.from_pretrained of a local folder or of a hub id that was downloaded (it does not download: eight processes
     would, and whoever is offline would wait). random_init: cls with new weights, from the configuration in the local
@@ -254,9 +261,8 @@ class DiffusionDecoder(nn.Module):
             for seed in [None] * len(images) if seeds is None else seeds:
                 generator = None if seed is None else torch.Generator().manual_seed(int(seed))
                 draws.append((torch.randn(2, *shape, generator=generator), torch.randint(steps, (), generator=generator)))
-            (sample, noise), timesteps = torch.stack([d[0] for d in draws], 1), torch.stack([d[1] for d in draws])
-            if device.type == "cuda":  # from pinned memory: the host does not wait for the device
-                sample, noise, timesteps = (x.pin_memory().to(device, non_blocking=True) for x in (sample, noise, timesteps))
+            sample, noise = to_device(torch.stack([d[0] for d in draws], 1), device)
+            timesteps = to_device(torch.stack([d[1] for d in draws]), device)
             latents = (posterior.mean + posterior.std * sample) * vae.config.scaling_factor
             noisy = self.scheduler.add_noise(latents, noise, timesteps)
             kind = self.scheduler.config.prediction_type
@@ -305,15 +311,15 @@ class CaptionHead(nn.Module):
         then over captions. A caption's loss so depends on that caption alone, however a batch is padded or split."""
         eos, device = self.tokenizer.eos_token_id, prompt_embeds.device
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids + [eos] for caption in captions]
-        ids = [torch.tensor(i[: self.max_tokens], device=device) for i in ids]
-        lengths = torch.tensor([len(i) for i in ids], device=device)
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos)  # (B, T)
+        ids = [torch.tensor(i[: self.max_tokens]) for i in ids]
+        lengths = to_device(torch.tensor([len(i) for i in ids]), device)
+        ids = to_device(nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos), device)  # (B, T)
         # masked by length: pad and end tokens may share an id, and the end token must be learned
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         prefix = self.mlp(prompt_embeds)  # (B, N, width)
         embeds = torch.cat([prefix, self.llm.get_input_embeddings()(ids).to(prefix.dtype)], 1)
-        attention_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1).long()
-        logits = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+        # no attention mask: whoever reads causally does not see the padding on the right
+        logits = self.llm(inputs_embeds=embeds, use_cache=False).logits
         logits = logits[:, prefix.shape[1] - 1 : -1].float()  # (B, T, vocabulary): position i predicts token i + 1
         losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
         return (losses.sum(1) / lengths).mean()

@@ -124,6 +124,23 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return {"image": image, "caption": text.strip() if text else None, "moments": moments}
 
 
+class SyntheticDataset(torch.utils.data.Dataset):
+    """A random image with a caption of so many words, over and over; for benchmarks."""
+
+    broken_shards: list[str] = []
+
+    def __init__(self, size: int, caption_words: int, with_moments: bool):
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+        moments = torch.randn(8, size // 8, size // 8) if with_moments else None
+        self.item = {"image": image, "caption": "a " * caption_words, "moments": moments, "skipped": []}
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, i):
+        return self.item
+
+
 def tar_files(file, size: int):
     """Yields (name, offset, size) of the regular files in a tar. As tarfile does, and some times faster, since it looks
     at names and sizes alone: ten million samples have thirty million headers. Raises EOFError or ValueError."""
