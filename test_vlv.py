@@ -439,8 +439,8 @@ def test_processes_and_accumulation_give_the_one_process_result(tiny, tmp_path, 
     two = train_tiny(tiny, tmp_path / "accumulated", **settings, micro_batch_size=1)
     others = {"accumulated": weights(two)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    subprocess.run(command + tiny_flags(tiny, tmp_path / "ddp", micro_batch_size=1, **settings), cwd=HERE, check=True,
-                   timeout=300)  # fmt: skip
+    more = dict(micro_batch_size=1, gradient_checkpointing=["unet", "bart", "llm"][: 1 + stage])
+    subprocess.run(command + tiny_flags(tiny, tmp_path / "ddp", **more, **settings), cwd=HERE, check=True, timeout=300)
     others["two processes"] = weights(tmp_path / "ddp" / f"stage{stage}")
     torch.manual_seed(0)  # train.py's default seed: the new parts at the start
     begin = VLV(VLVConfig(**tiny_settings(tiny, encoder=str(tiny / "florence_no_dropout")))) if stage == 1 else None
@@ -564,17 +564,24 @@ def count(arguments: list[str], processes: int) -> tuple[float, float]:
     return flops.get_total_flops() / 1e12, (live.peak + adamw) / 1e9
 
 
+AUTHORS = "--stage 1 --micro_batch_size 32 --precision fp32 --no-channels_last --gradient_checkpointing unet"
+
+
 @pytest.mark.parametrize("gigabytes, processes, arguments", [
     (80, 8, "--stage 1"),
-    (80, 8, "--stage 1 --encoder_image_size 384"),
-    (80, 8, "--stage 1 --encoder_image_size 384 --latents"),
-    (80, 1, "--stage 1 --precision fp32 --gradient_checkpointing unet --micro_batch_size 32"),
     (80, 8, "--stage 2"),
     (48, 8, "--stage 1 --micro_batch_size 32"),
     (48, 8, "--stage 2 --gradient_checkpointing unet bart llm"),
     (24, 1, "--stage 1 --micro_batch_size 8"),
     (24, 1, "--stage 1 --micro_batch_size 16 --gradient_checkpointing unet bart"),
     (24, 1, "--stage 2 --micro_batch_size 4 --llm Qwen/Qwen2.5-0.5B --stage2_trains mlp llm"),
+    *(pytest.param(80, 8, arguments, marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1")) for arguments in [
+        AUTHORS, AUTHORS.replace("--gradient_checkpointing unet", ""), AUTHORS + " --latents",
+        AUTHORS + " --encoder_image_size 384", AUTHORS.replace("fp32", "bf16"),
+        "--stage 1 --micro_batch_size 32 --encoder_image_size 384",
+        "--stage 1 --micro_batch_size 32 --encoder_image_size 384 --latents",
+        "--stage 2 --encoder_image_size 384",
+    ]),
 ])  # fmt: skip
 def test_what_the_readme_advises_fits_the_gpu(gigabytes, processes, arguments):
     tflop, peak = count(arguments.split(), processes)

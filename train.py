@@ -234,8 +234,7 @@ def cost(images: float, rate: float, processes: int, config: TrainConfig) -> str
 
 
 def main(argv=None):
-    # --- settings, device, data and model: what is wrong with them is said in one sentence, before processes wait for
-    # each other
+    # --- settings, device, data, model: what is wrong with them is said before processes wait for each other ----------
     quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main, is_local_main = rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -277,7 +276,7 @@ def main(argv=None):
         else:
             model = VLV(dataclasses.replace(model_config, **overrides), for_training=True)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}" if is_main else 1)
+        sys.exit(f"error: {error}" if is_local_main else 1)  # once a machine
 
     # --- processes, precision, optimizer ------------------------------------------------------------------------------
     if world_size > 1:  # an hour: one rank may be indexing a new data folder
@@ -508,4 +507,5 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory is full: lower --micro_batch_size or add --gradient_checkpointing ({error})")
+        sys.exit("error: the GPU's memory is full: lower --micro_batch_size or add --gradient_checkpointing unet bart llm"
+                 f" ({error})")  # fmt: skip

@@ -88,18 +88,16 @@ def main(argv=None):
     if not files:
         sys.exit(f"error: there are no parquet files in {args.parquet}; the top of {__file__} tells how to get them")
     args.out.mkdir(parents=True, exist_ok=True)
-    total, problems = 0, []
+    total = left_out = 0
     try:
-        with ProcessPoolExecutor(args.processes) as pool:
+        with ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file:
             jobs = pool.map(partial(convert, source=args.parquet, out=args.out, size=args.image_size), files)
-            for count, left_out in tqdm(jobs, total=len(files), unit=" files"):
-                total += count
-                problems += left_out
+            for count, problems in tqdm(jobs, total=len(files), unit=" files"):
+                total, left_out = total + count, left_out + len(problems)
+                file.writelines(problem + "\n" for problem in problems)
     except Exception as error:  # of a parquet file, or of the disk
         sys.exit(f"error: {' '.join(str(error).split())}")
-    with open(args.out / "left_out.txt", "a") as file:
-        file.writelines(problem + "\n" for problem in problems)
-    print(f"done: {total:,} new samples in {args.out}" + (f"; {len(problems)} left out, see left_out.txt" if problems else ""))
+    print(f"done: {total:,} new samples in {args.out}" + (f"; {left_out} left out, see left_out.txt" if left_out else ""))
 
 
 if __name__ == "__main__":
