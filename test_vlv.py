@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -668,6 +669,25 @@ def test_killed_at_random_and_resumed_the_weights_are_those_of_a_run_never_kille
         assert torch.equal(weight, weights(run)[name]), name
     losses = [[(line["step"], line["loss"]) for line in read_log(folder)] for folder in (run, whole)]
     assert losses[0] == losses[1]  # the log, too, reads as if nothing had happened
+
+
+def test_under_torchrun_a_run_whose_worker_is_killed_resumes_by_itself(tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--max_restarts=2",
+               "train.py", *tiny_flags(tiny, tmp_path, max_steps=60, save_interval=1, resume=True)]  # fmt: skip
+    run = tmp_path / "stage1"
+    newest = lambda: max((int(p.parent.name[5:]) for p in run.glob("step-??????/config.json")), default=0)
+    agent = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for step in (5, 25):
+        while newest() < step and agent.poll() is None:
+            time.sleep(0.01)
+        workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+    said = agent.communicate(timeout=300)[0]
+    assert agent.returncode == 0 and said.count("starting from") == 3, said[-3000:]
+    assert [line["step"] for line in read_log(run)] == list(range(1, 61))
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -279,8 +280,14 @@ def main(argv=None):
         sys.exit(f"error: {error}" if is_local_main else 1)  # once a machine
 
     # --- processes, precision, optimizer ------------------------------------------------------------------------------
-    if world_size > 1:  # an hour: one rank may be indexing a new data folder
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if world_size > 1:
+        # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes
+        # under its own number. (On several machines these would differ; there the README's rendezvous makes a new store.)
+        store, attempt = next(rendezvous("env://"))[0], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+                                timeout=timedelta(hours=1))  # one rank may be indexing a new data folder  # fmt: skip
         dist.barrier()
     if not is_local_main:
         dataset, val_dataset = open_data()
