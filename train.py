@@ -282,7 +282,7 @@ def main(argv=None):
     # --- processes, precision, optimizer ------------------------------------------------------------------------------
     if world_size > 1:
         # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes
-        # under its own number. (On several machines these would differ; there the README's rendezvous makes a new store.)
+        # under its own number. (Machines count attempts apart; for several the README has another way.)
         store, attempt = next(rendezvous("env://"))[0], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             store = dist.PrefixStore(f"attempt {attempt}", store)
