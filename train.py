@@ -25,7 +25,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate
+from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, seeds_of
 from sample import panel, quiet
 from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config, read_json, to_device
 
@@ -157,11 +156,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     shape = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * shape
-
-
-def seeds_of(seed: int, step: int, positions) -> list[int]:
-    """One seed a sample, from its place in the run alone: noise is the same on any number of processes."""
-    return [int(np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] >> 1) for p in positions]
 
 
 def prepare_device(config: TrainConfig) -> torch.device:
@@ -475,26 +469,25 @@ def main(argv=None):
             if done - start == 2 * config.log_interval:
                 say(f"{rate:,.1f} images/s, {waiting:.0%} of the time waiting for data, {peak_memory(device):.1f} GB at the peak;"
                     f" the {config.max_steps:,} steps take {cost(config.max_steps * config.batch_size, rate, world_size, config)}")  # fmt: skip
-            losses, waited, clock, last = [], 0.0, time.perf_counter(), done
+            losses, waited, clock, last = [], 0.0, now, done
             if all_skipped > 10 + 0.01 * (done - start) * config.batch_size:
                 save(done)
                 leave(f"error: {int(all_skipped):,} of {(done - start) * config.batch_size:,} samples could not be read: see"
                       f" {run_dir / 'skipped.txt'}, mend the data and add --resume")  # fmt: skip
         if bad_in_a_row == BAD_STEPS:
-            leave(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the weights of"
-                  f" the last good step are in {run_dir}; look at the data, or lower the learning rate")  # fmt: skip
+            leave(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the last checkpoint"
+                  f" in {run_dir} is untouched by them: look at the data, or lower the learning rate")  # fmt: skip
         if val_dataset is not None and (done % config.eval_interval == 0 or finished):
             val_loss = evaluate(done)
             log(step=done, val_loss=val_loss)
             say(f"step {done:,}: validation loss {val_loss:.5f}")
-            clock = time.perf_counter()
         if done % config.save_interval == 0 or finished or stopping:
             saved = save(done)
-            clock = time.perf_counter()
             if finished and not saved:
                 leave("error: the run is done, but its weights could not be saved; make room and add --resume")
         if stopping and not finished:
             leave(f"stopped by a signal after step {done:,}" + (", which is saved" if saved else "") + "; go on with --resume")
+        clock += time.perf_counter() - now  # what is not a step does not count
     bar.close()
     if config.benchmark:
         rate = config.benchmark * config.batch_size / (now - clock)

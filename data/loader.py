@@ -262,6 +262,11 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> list[in
     return [int(permutation(length, seed, p // length)[p % length]) for p in positions]
 
 
+def seeds_of(seed: int, step: int, positions) -> list[int]:
+    """One seed a sample, from its place in the run alone: noise is the same on any number of processes."""
+    return [int(np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] >> 1) for p in positions]
+
+
 def collate(items: list[dict]) -> dict:
     """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "skipped": [sentence]}"""
     with_moments = items[0]["moments"] is not None
