@@ -25,7 +25,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the import that reads it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read them
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 
 import numpy as np
 import pytest

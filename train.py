@@ -47,7 +47,7 @@ class TrainConfig(VLVConfig):
     out_dir: str = "out"
     init_from: str = ""  # stage 2: the stage-1 checkpoint to start from; empty: the newest in OUT_DIR/stage1
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
-    device: str = "cuda"  # cuda, cpu, or auto: cuda where there is a GPU
+    device: str = "cuda"  # cuda, cpu, or auto: cuda where there is a GPU for each process
     seed: int = 0  # decides the order of the data, every noise and every dropout
     batch_size: int | None = None  # images a step, over all processes
     # images a forward pass; None: a process's share of batch_size, as far as 80 GB hold it at the paper's size
@@ -162,7 +162,7 @@ def prepare_device(config: TrainConfig) -> torch.device:
     """This process's device. Raises ValueError when it is not there."""
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
-    if config.device == "cpu" or config.device == "auto" and not gpus:
+    if config.device == "cpu" or config.device == "auto" and gpus < local_world_size:
         if local_world_size > 1:  # processes that each take every core slow each other down tenfold
             torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
         return torch.device("cpu")
