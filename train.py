@@ -318,14 +318,16 @@ def main(argv=None):
         config.max_steps = warm_up + config.benchmark
 
     # --- what this run is, and what it writes ----------------------------------------------------------------------------
-    learning = sum(p.numel() for p in params) * 4 / 1e9
-    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    say(f"starting from {source or ('random weights' if config.random_init else 'the pretrained models')}")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    gradients = sum(p.numel() for p in params) * 4 / 1e9
     data = "synthetic images" if config.benchmark else f"{len(dataset):,} samples from {config.data}"
-    say(f"stage {config.stage}: {data}, steps {start:,} to {config.max_steps:,} of {config.batch_size} images ({world_size} processes x"
-        f" {config.micro_batch_size} x {grad_accum_steps}), learning rate {config.learning_rate:g} ({config.lr_schedule}),"
-        f" {'bf16' if bf16 else 'fp32'} on {device.type}\n{model.describe()}\n  memory a process: {held:.2f} GB of weights,"
-        f" {learning:.2f} GB of gradients, {2 * learning / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
+    say(f"starting from {source or ('random weights' if config.random_init else 'the pretrained models')}, with {data}")
+    say(f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images = {world_size} processes x"
+        f" {grad_accum_steps} x {config.micro_batch_size}, {'bf16' if bf16 else 'fp32'} on {device.type}, learning rate"
+        f" {config.learning_rate:g} ({config.lr_schedule})")  # fmt: skip
+    say(model.describe())
+    say(f"  memory a process: {weights:.2f} GB of weights, {gradients:.2f} GB of gradients,"
+        f" {2 * gradients / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
     if is_main and not config.benchmark:
         (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -467,8 +469,9 @@ def main(argv=None):
             log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, waiting_for_data=waiting,
                 skipped=int(all_skipped), non_finite_steps=bad_steps)  # fmt: skip
             if done - start == 2 * config.log_interval:
+                takes = cost(config.max_steps * config.batch_size, rate, world_size, config)
                 say(f"{rate:,.1f} images/s, {waiting:.0%} of the time waiting for data, {peak_memory(device):.1f} GB at the peak;"
-                    f" the {config.max_steps:,} steps take {cost(config.max_steps * config.batch_size, rate, world_size, config)}")  # fmt: skip
+                    f" the {config.max_steps:,} steps take {takes}")  # fmt: skip
             losses, waited, clock, last = [], 0.0, now, done
             if all_skipped > 10 + 0.01 * (done - start) * config.batch_size:
                 save(done)
@@ -490,12 +493,13 @@ def main(argv=None):
         clock += time.perf_counter() - now  # what is not a step does not count
     bar.close()
     if config.benchmark:
-        rate = config.benchmark * config.batch_size / (now - clock)
+        rate, recipe = config.benchmark * config.batch_size / (now - clock), RECIPE[config.stage]
+        takes = cost(recipe["max_steps"] * recipe["batch_size"], rate, world_size, config)
+        rate, memory = rate / world_size, peak_memory(device)
         peak = matrix_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        images = RECIPE[config.stage]["max_steps"] * RECIPE[config.stage]["batch_size"]
-        say(f"{rate / world_size:.3g} images/s a process | {flops / 1e12:.3f} TFLOP an image | {rate / world_size * flops / 1e12:.3g}"
-            f" TFLOP/s | {rate / world_size * flops / peak:.0%} of the measured matrix peak of {peak / 1e12:.3g} TFLOP/s |"
-            f" {peak_memory(device):.1f} GB | stage {config.stage} whole: {cost(images, rate, world_size, config)}")  # fmt: skip
+        say(f"{rate:.3g} images/s a process | {flops / 1e12:.3f} TFLOP an image | {rate * flops / 1e12:.3g} TFLOP/s |"
+            f" {rate * flops / peak:.0%} of the measured matrix peak of {peak / 1e12:.3g} TFLOP/s | {memory:.1f} GB |"
+            f" stage {config.stage} whole: {takes}")  # fmt: skip
     else:
         say(f"done: {run_dir / f'step-{config.max_steps:06d}'}")
     if world_size > 1:
