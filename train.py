@@ -313,7 +313,7 @@ def main(argv=None):
         start = trainer["step"]
     ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
-    warm_up = 2 if device.type == "cuda" else 0  # steps of a benchmark that are not measured
+    warm_up = 2 if device.type == "cuda" else 1  # steps of a benchmark that are not measured
     if config.benchmark:
         config.max_steps = warm_up + config.benchmark
 
