@@ -35,7 +35,6 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
@@ -525,12 +524,17 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive:
-                self.alive.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, key, storage.nbytes())
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor.untyped_storage())
         return result
+
+    def follow(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key, size)
 
     def gone(self, key, size):
         self.alive.discard(key)
@@ -545,25 +549,23 @@ def count(arguments: list[str], processes: int) -> tuple[float, float]:
     dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, config.reads_moments)
     with torch.device("meta"):
         model = VLV(VLVConfig(**settings), for_training=True).train()
-    train.speed_up(model, config, bf16=config.precision != "fp32")
-
-    def micro_batch(size):
-        batch = collate([dataset[i] for i in range(size)])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32", cache_enabled=False):
-            loss = train.loss_of(model, batch, range(size), torch.device("cpu"))
-        loss.backward()
-
+    bf16, device, size = config.precision != "fp32", torch.device("cpu"), config.micro_batch_size
+    train.speed_up(model, config, bf16)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16, cache_enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with LiveBytes() as live:
             model.to_empty(device="cpu")
             if model.caption_head is not None:
                 model.caption_head.llm.tie_weights()
             for _ in range(2):  # the second finds the first one's gradients
-                micro_batch(config.micro_batch_size)
-        with FlopCounterMode(display=False) as flops:
-            micro_batch(1)
+                with autocast():
+                    loss = train.loss_of(model, collate([dataset[0]] * size), range(size), device)
+                loss.backward()
+                del loss
+        with autocast():
+            flops = train.count_flops(model, dataset[0], device)
     adamw = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad) / processes
-    return flops.get_total_flops() / 1e12, (live.peak + adamw) / 1e9
+    return flops / 1e12, (live.peak + adamw) / 1e9
 
 
 AUTHORS = "--stage 1 --micro_batch_size 32 --precision fp32 --no-channels_last --gradient_checkpointing unet"
@@ -681,12 +683,16 @@ def test_under_torchrun_a_run_whose_worker_is_killed_resumes_by_itself(tiny, tmp
     run = tmp_path / "stage1"
     newest = lambda: max((int(p.parent.name[5:]) for p in run.glob("step-??????/config.json")), default=0)
     agent = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for step in (5, 25):
-        while newest() < step and agent.poll() is None:
-            time.sleep(0.01)
-        workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-    said = agent.communicate(timeout=300)[0]
+    try:
+        for step in (5, 25):
+            deadline = time.time() + 120
+            while newest() < step and time.time() < deadline and agent.poll() is None:
+                time.sleep(0.01)
+            workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        said = agent.communicate(timeout=300)[0]
+    finally:
+        agent.terminate()  # does nothing to one that has ended
     assert agent.returncode == 0 and said.count("starting from") == 3, said[-3000:]
     assert [line["step"] for line in read_log(run)] == list(range(1, 61))
 

@@ -173,6 +173,18 @@ def prepare_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def join_processes(backend: str) -> None:
+    """Makes the process group of all that torchrun started, and waits for them."""
+    # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes under
+    # its own number. (Machines count attempts apart; for several the README has another way.)
+    store, rank, world_size = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    hour = timedelta(hours=1)  # one rank may be indexing a new data folder
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
+    dist.barrier()
+
+
 def speed_up(model: VLV, config: TrainConfig, bf16: bool) -> None:
     """What makes the model's parts faster or smaller, and changes what they compute by rounding at most."""
     for name, part in model.parts().items():
@@ -275,14 +287,7 @@ def main(argv=None):
 
     # --- processes, precision, optimizer ------------------------------------------------------------------------------
     if world_size > 1:
-        # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes
-        # under its own number. (Machines count attempts apart; for several the README has another way.)
-        store, attempt = next(rendezvous("env://"))[0], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
-                                timeout=timedelta(hours=1))  # one rank may be indexing a new data folder  # fmt: skip
-        dist.barrier()
+        join_processes("nccl" if device.type == "cuda" else "gloo")
     if not is_local_main:
         dataset, val_dataset = open_data()
     bf16 = config.precision == "bf16" or (
@@ -290,11 +295,11 @@ def main(argv=None):
     )
     # no cache: a step uses each weight once, and what is cached gradient checkpointing could not free
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
-    model.to(device).train()
-    if config.benchmark:
+    if config.benchmark:  # before checkpointing, which computes more than is needed
         with autocast():
-            flops = count_flops(model, dataset[0], device)
+            flops = count_flops(model.to(device), dataset[0], device)
     speed_up(model, config, bf16)
+    model.to(device).train()
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=True)  # fmt: skip

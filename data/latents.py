@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.loader import ImageTextDataset, describe_latents
 from sample import quiet
+from train import join_processes
 from vlv import DiffusionDecoder, VLVConfig
 
 
@@ -77,8 +78,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}" if rank == 0 else 1)
     if world_size > 1:
-        dist.init_process_group("gloo")
-        dist.barrier()
+        join_processes("gloo")
     moments, done = np.load(paths[1], mmap_mode="r+"), np.load(paths[2], mmap_mode="r+")
     left = [b for b in range(rank, batches, world_size) if not done[b]]
     loader = torch.utils.data.DataLoader(Batches(dataset, left, args.batch_size), batch_size=None,
