@@ -6,10 +6,10 @@ Captions images and redraws them.
     python sample.py --mix A.png B.png            # some queries of one image, the rest of the other
 
 prints "PATH: CAPTION" a line, and writes into --out for each image STEM.png (original | redrawn from the embedding |
-redrawn from the caption's text) and a line {"image": ..., "caption": ...} of captions.jsonl.
+redrawn from the caption's text) and a line {"image": ..., "caption": ..., "picture": "STEM.png"} of captions.jsonl. A second
+call with the same --out adds to these, and replaces those of the same image.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -17,19 +17,20 @@ import sys
 import textwrap
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the import, which already warns
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data.loader import crop_image, find_images, open_image
+from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, Whole, parse_settings, printable
 from vlv import VLV, find_checkpoint
 
 HERE = Path(__file__).parent
@@ -37,11 +38,25 @@ BUNDLED = HERE / "data" / "shapes" / "vlv"
 BUNDLED_PICTURE = HERE / "data" / "shapes" / "example.png"
 
 
+@dataclass
+class SampleConfig(Settings):
+    images: tuple[Text, ...]  # images and folders of images; none: a bundled picture
+    mix: tuple[Text, Text] | None = None  # compose two images instead
+    split: Whole | None = None  # mix takes so many queries of the first image, the rest of the second; None: half
+    ckpt: Text | None = None  # checkpoint folder; None: the newest in out/, else the bundled toy
+    out: Path = Path("samples")
+    num_inference_steps: Steps = 50
+    guidance_scale: Guidance = 2.0
+    seed: Seed = 0
+    num_beams: Beams = 4
+    max_new_tokens: Count = 300  # a caption ends by itself, or here
+    batch_size: Count = 8
+    captions_only: bool = False  # no pictures
+
+
 def quiet():
-    """No warnings of libraries that the user can do nothing about, and no bars for what loads in a moment."""
+    """No warnings of libraries that the user can do nothing about."""
     warnings.filterwarnings("ignore")
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     logging.getLogger("PIL").setLevel(logging.ERROR)
 
 
@@ -66,72 +81,118 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
 
 def choose_checkpoint(ckpt: str | None) -> Path:
     """The one named, else the newest in out/, else the bundled toy."""
-    if ckpt:
-        return find_checkpoint(ckpt)
-    trained = [p.parent for p in Path("out").glob("**/step-*/config.json") if p.parent.suffix == ""]
-    return max(trained, key=lambda p: (p / "config.json").stat().st_mtime, default=BUNDLED)
+    if ckpt is None:
+        try:
+            return find_checkpoint("out")
+        except OSError:
+            return BUNDLED
+    return find_checkpoint(ckpt)
 
 
-def collect(names: list[str]) -> tuple[list[Path], list[str]]:
-    """The image files that files and folders stand for, and a sentence for each that stands for none."""
+class Results:
+    """What is in the folder --out: captions.jsonl, a line {"image", "caption", "picture"} for each image, and the pictures
+    that it names. Nothing else there is touched. Raises ValueError for a captions.jsonl of another program, OSError when
+    something cannot be written."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path, self.records = folder, folder / "captions.jsonl", {}
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
+        for line in lines:
+            try:
+                record = json.loads(line)
+                self.records[record["image"]] = {key: record[key] for key in ("image", "caption", "picture")}
+            except (ValueError, KeyError, TypeError):
+                if line.endswith("\n"):  # else a call was killed while it wrote
+                    raise ValueError(f"{self.path} was not written by this program: choose another --out") from None
+        self.write_all()
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # JSON's own escape of a wrong byte
+
+    def draws(self, path: Path) -> bool:
+        """Whether a file is a picture that add() drew, and not another one of that name."""
+        try:
+            with Image.open(path) as image:
+                return image.info.get("Software") == "vlv"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return False
+
+    def pictures(self) -> set[Path]:
+        names = [record["picture"] for record in self.records.values() if record["picture"]]
+        return {(self.folder / name).resolve() for name in names if self.draws(self.folder / name)}
+
+    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str) -> None:
+        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where there is another
+        file of that name."""
+        before = self.records.pop(image, {"picture": None})["picture"]
+        if before is not None and not self.draws(self.folder / before):
+            before = None
+        name = None
+        if picture is not None:
+            name, number = before or f"{stem}.png", 1
+            while name != before and os.path.lexists(self.folder / name):
+                number += 1
+                name = f"{stem}-{number}.png"
+            mark, unfinished = PngInfo(), self.folder / f".{name}.unfinished"
+            mark.add_text("Software", "vlv")
+            picture.save(unfinished, "png", pnginfo=mark)
+            os.replace(unfinished, self.folder / name)
+        elif before is not None:
+            (self.folder / before).unlink()
+        self.records[image] = {"image": image, "caption": caption, "picture": name}
+        self.file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def write_all(self) -> None:
+        """One line an image: what add() has replaced goes."""
+        if self.records:
+            unfinished = self.folder / ".captions.jsonl.unfinished"
+            with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values())
+            os.replace(unfinished, self.path)
+
+
+def collect(names: tuple[str, ...], but: set[Path]) -> tuple[list[Path], list[str]]:
+    """The image files that files and folders stand for, without those in `but` (which this program drew), and a sentence
+    for each that stands for none."""
     paths, problems = [], []
     for name in map(Path, names):
-        found = find_images(name) if name.is_dir() else [name]
-        problems += [] if found else [f"{name}: the folder holds no images"]
+        found = [name]
+        if name.is_dir():
+            found = [path for path in find_images(name) if path.resolve() not in but]
+            problems += [] if found else [f"{name}: the folder holds no images"]
+        elif not name.exists():
+            found, problems = [], problems + [f"{name}: there is no such file"]
         paths += found
     return paths, problems
 
 
-def free_name(stem: str, taken: set[str]) -> str:
-    """`stem`, or stem-2, stem-3, ... where another image of this call has it."""
-    name, number = stem, 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
-    taken.add(name)
-    return name
-
-
 @torch.inference_mode()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.add_argument("images", nargs="*", help="images and folders of images")
-    parser.add_argument("--mix", nargs=2, metavar=("A", "B"), help="compose two images instead")
-    parser.add_argument("--split", type=int, metavar="K", help="--mix takes K queries of A, the rest of B; default half")
-    parser.add_argument("--ckpt", help="checkpoint folder; default: the newest in out/, else the bundled toy")
-    parser.add_argument("--out", default="samples", type=Path)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_beams", type=int, default=4)
-    parser.add_argument("--max_new_tokens", type=int, default=300, help="a caption ends by itself, or here")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--captions_only", action="store_true", help="no pictures")
-    args = parser.parse_args(argv)
+    args = parse_settings(SampleConfig, argv, __doc__)
     quiet()
-    for name in ("num_inference_steps", "num_beams", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            sys.exit(f"error: --{name} is {getattr(args, name)}, but must be at least 1")
-    paths, problems = collect(args.mix or args.images or [str(BUNDLED_PICTURE)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if args.mix and args.images:
+            raise ValueError("--mix names its two images itself: leave the others out")
+        if args.split is not None and not args.mix:
+            raise ValueError("--split needs --mix A B")
         folder = choose_checkpoint(args.ckpt)
+        results = Results(args.out)
+        paths, problems = collect(args.mix or args.images or (str(BUNDLED_PICTURE),), results.pictures())
+        if args.mix and (problems or not all(Path(name).is_file() for name in args.mix)):
+            raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
         model = VLV.from_pretrained(folder).to(device)
         config = model.config
-        args.out.mkdir(parents=True, exist_ok=True)
+        if args.captions_only and config.stage == 1:
+            raise ValueError(f"--captions_only needs a stage-2 checkpoint, but {folder} is one of stage 1")
+        split = config.num_queries // 2 if args.split is None else args.split
+        if split > config.num_queries:
+            raise ValueError(f"split is {split}, but the checkpoint has {config.num_queries} queries: choose 0 to that")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     knows = "redraws images, and captions them" if config.stage == 2 else "redraws images; stage 2 would teach it captions"
     toy = "; the bundled toy knows nothing but small coloured shapes" if folder == BUNDLED else ""
     print(f"checkpoint {folder}: {knows}{toy}", file=sys.stderr)
-    if args.captions_only and config.stage == 1:
-        sys.exit(f"error: --captions_only needs a stage-2 checkpoint, but {folder} is one of stage 1")
-    split = config.num_queries // 2 if args.split is None else args.split
-    if not 0 <= split <= config.num_queries:
-        sys.exit(f"error: --split is {split}, but the checkpoint has {config.num_queries} queries: choose 0 to that")
-
-    taken: set[str] = set()
-    records = open(args.out / "captions.jsonl", "w")
 
     def write(names: list[str], originals: list[list[torch.Tensor]], stems: list[str], token_embeds: torch.Tensor):
         """Captions and redraws ẑ, (B, N, D), of B images (or pairs of them) and writes it all down."""
@@ -147,35 +208,46 @@ def main(argv=None) -> int:
                 if config.stage == 2:
                     pictures.append(model.decoder.reconstruct(captions, **draw))
         for i, (name, caption) in enumerate(zip(names, captions)):
-            print(f"{name}: {'(no caption: stage 1)' if caption is None else ' '.join(caption.split())}", flush=True)
-            records.write(json.dumps({"image": name, "caption": caption}, ensure_ascii=False) + "\n")
-            if pictures:
-                row = originals[i] + [column[i] for column in pictures]
-                panel([row], [caption or ""]).save(args.out / f"{free_name(stems[i], taken)}.png")
-        records.flush()
+            row = originals[i] + [column[i] for column in pictures]
+            results.add(name, caption, panel([row], [caption or ""]) if pictures else None, stems[i])
+            said = "(no caption: stage 1)" if caption is None else " ".join(caption.split())
+            print(f"{printable(name)}: {printable(said)}", flush=True)  # after it is kept
 
-    readable, images = [], []
-    for path in tqdm(paths, disable=len(paths) <= args.batch_size, unit=" images"):
-        try:
-            images.append(crop_image(open_image(path, config.image_size), config.image_size))
-            readable.append(path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{path}: cannot be read as an image: {str(error).splitlines()[0]}")
-        if readable and (len(readable) == args.batch_size or path == paths[-1]) and not args.mix:
-            token_embeds = model.encoder(torch.stack(images).to(device))
-            write([str(p) for p in readable], [[i] for i in images], [p.stem for p in readable], token_embeds)
-            readable, images = [], []
-    if args.mix and len(readable) == 2:
-        a, b = model.encoder(torch.stack(images).to(device))
-        names = [" + ".join(str(p) for p in readable)]
-        write(names, [images], ["+".join(p.stem for p in readable)], torch.cat([a[:split], b[split:]])[None])
-    records.close()
-    if not args.captions_only and taken:
-        print(f"pictures and captions.jsonl are in {args.out}/", file=sys.stderr)
+    readable, images, written = [], [], 0
+    try:
+        for number, path in enumerate(tqdm(paths, disable=len(paths) <= args.batch_size, unit=" images"), 1):
+            try:
+                images.append(crop_image(open_image(path, config.image_size), config.image_size))
+                readable.append(path)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
+            if readable and (len(readable) == args.batch_size or number == len(paths)) and not args.mix:
+                token_embeds = model.encoder(torch.stack(images).to(device))
+                write([str(p) for p in readable], [[i] for i in images], [p.stem for p in readable], token_embeds)
+                written, readable, images = written + len(readable), [], []
+        if args.mix and len(readable) == 2:
+            a, b = model.encoder(torch.stack(images).to(device))
+            names = [" + ".join(str(p) for p in readable)]
+            write(names, [images], ["+".join(p.stem for p in readable)], torch.cat([a[:split], b[split:]])[None])
+            written = 1
+        results.write_all()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        problems.append(f"cannot write into {args.out}: {error.strerror or error}; {written:,} results are kept there")
+    if written:
+        what = "captions.jsonl is" if args.captions_only else "pictures and captions.jsonl are"
+        print(f"{what} in {args.out}/", file=sys.stderr)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was printed is kept, and the same command does the rest anew")
+    except BrokenPipeError:  # as of `sample.py photos | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: nobody reads what is printed any more")

@@ -5,11 +5,15 @@ Claims about VLV, on tiny random models and on the bundled toy; no network.
     VLV_SLOW=1 pytest -k "kill or fast or full_size"        # and those that take long
 """
 
+import copy
 import dataclasses
+import gzip
+import importlib.util
 import io
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -39,7 +43,8 @@ from torch.utils._pytree import tree_iter
 import sample
 import train
 import vlv
-from data import latents
+from data import checkpoint, latents, settings
+from data.checkpoint import Saver, checkpoints, find_checkpoint, open_tensors, own
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, crop_image, open_image, tar_files
 from vlv import VLV, VLVConfig
 
@@ -158,8 +163,21 @@ def read_log(run: Path) -> list[dict]:
     return [json.loads(line) for line in open(run / "log.jsonl")]
 
 
+def tensors_of(folder: Path, kind: str) -> dict:
+    return {name: tensors.get_tensor(name).clone() for _, tensors in open_tensors(folder, kind) for name in tensors.keys()}
+
+
 def weights(folder: Path) -> dict:
-    return vlv.load_file(vlv.find_checkpoint(folder) / "model.safetensors")
+    return tensors_of(find_checkpoint(folder), "model")
+
+
+def say_what_is_wrong(arguments, main) -> str:
+    """What `main` says when it leaves: one sentence."""
+    with pytest.raises(SystemExit) as exit:
+        main(list(map(str, arguments)))
+    sentence = str(exit.value.code)
+    assert sentence.startswith("error: ") and "\n" not in sentence and "Traceback" not in sentence
+    return sentence
 
 
 def test_models_that_were_downloaded_are_found_by_their_hub_ids_without_a_network(tiny, tmp_path):
@@ -363,44 +381,150 @@ def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_learned(tiny
     assert stored == {"bart", "queries", "projection", "mlp", "llm"}
 
 
-def test_a_crash_while_saving_leaves_a_loadable_checkpoint(tiny, tmp_path, monkeypatch):
-    class PowerCut(BaseException):
-        pass
+class PowerCut(BaseException):
+    pass
 
+
+def cut_power(patch, calls: int) -> None:
+    """The program dies at the so many-eth thing that touches the disk."""
+    left = calls
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise PowerCut
+            left -= 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in [(os, "rename"), (os, "fsync"), (checkpoint, "save_file"), (shutil, "rmtree"),
+                        (Path, "write_text"), (Path, "mkdir")]:  # fmt: skip
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+def test_a_crash_in_save_pretrained_leaves_the_old_folder_or_the_new_one(tiny, tmp_path, monkeypatch):
     model, folder = tiny_model(tiny), tmp_path / "ckpt"
-    model.save_pretrained(folder, {"step": 0})
-    survived = []
-    for calls in range(100):  # die at the first, second, third ... thing that touches the disk
-        left = calls
 
-        def dying(function):
-            def wrapper(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    raise PowerCut
-                left -= 1
-                return function(*args, **kwargs)
-
-            return wrapper
-
+    def mark(number):  # weights and configuration of one moment
+        model.config.max_caption_tokens = number
         with torch.no_grad():
-            model.encoder.queries.weight.fill_(calls + 1)
+            model.encoder.queries.weight.fill_(number)
+
+    mark(1)
+    model.save_pretrained(folder)
+    found = []
+    for calls in range(100):
+        mark(calls + 2)
         with monkeypatch.context() as patch:
-            for owner, name in [(os, "rename"), (os, "fsync"), (vlv, "save_file"), (torch, "save"), (shutil, "rmtree"),
-                                (Path, "write_text"), (Path, "mkdir")]:  # fmt: skip
-                patch.setattr(owner, name, dying(getattr(owner, name)))
+            cut_power(patch, calls)
             try:
-                model.save_pretrained(folder, {"step": calls + 1})
+                model.save_pretrained(folder)
                 break
             except PowerCut:
                 pass
-        found = vlv.find_checkpoint(folder)
-        queries = vlv.load_file(found / "model.safetensors")["encoder.queries.weight"]
-        step = torch.load(found / "trainer.pt", weights_only=True)["step"]
-        survived.append((step, step == 0 or bool((queries == step).all())))
-    assert len(survived) > 8
-    assert all(whole for step, whole in survived)  # weights and state are of one moment
-    assert weights(folder)["encoder.queries.weight"].unique().item() == calls + 1
+        number = vlv.load_config(find_checkpoint(folder)).max_caption_tokens
+        found.append((number, bool((weights(folder)["encoder.queries.weight"] == number).all())))
+    assert len(found) > 6 and all(whole for _, whole in found)
+    assert vlv.load_config(folder).max_caption_tokens == calls + 2
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
+
+
+class NoThread:
+    """Runs what a thread should, at once, so that the power can be cut in the middle of it."""
+
+    def __init__(self, target, args, daemon):
+        self.start = lambda: target(*args)
+
+    def join(self):
+        pass
+
+    def is_alive(self):
+        return False
+
+
+def test_a_crash_at_any_moment_of_a_runs_save_leaves_whole_checkpoints(tiny, tmp_path, monkeypatch):
+    model = tiny_model(tiny)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    monkeypatch.setattr(checkpoint.threading, "Thread", NoThread)
+    step = survived = 0
+    for calls in range(200):
+        own(tmp_path)[0].close()  # as at the start of every run
+        saver = Saver(tmp_path, model, optimizer, {})
+        with torch.no_grad():
+            model.encoder.queries.weight.fill_(step + 1)
+        for p in optimizer.param_groups[0]["params"]:
+            optimizer.state[p] = {"exp_avg": torch.full_like(p, step + 1)}
+        with monkeypatch.context() as patch:
+            cut_power(patch, calls)
+            try:
+                saver.begin(step + 1)
+                assert saver.end() is None
+                finished = True
+            except PowerCut:
+                finished = False
+        found = checkpoints(tmp_path)
+        for folder in found:
+            number = int(folder.name[5:])
+            assert json.loads((folder / "trainer.json").read_text()) == {"step": number}
+            assert (tensors_of(folder, "model")["encoder.queries.weight"] == number).all()
+            assert all((state == number).all() for state in tensors_of(folder, "optimizer").values())
+        newest = int(found[-1].name[5:]) if found else 0
+        assert newest in (step, step + 1) and (newest == step + 1 or not finished)
+        survived, step = survived + (newest == step), newest
+        if finished and survived > 8 and step > 4:
+            break
+    own(tmp_path)[0].close()
+    assert survived > 8 and sorted(p.name for p in tmp_path.iterdir()) == [".lock", *[p.name for p in found]]
+    assert len(found) == 2
+
+
+def test_nothing_that_is_not_finite_is_saved(tiny, tmp_path):
+    model = tiny_model(tiny)
+    model.save_pretrained(tmp_path / "ckpt")
+    before = weights(tmp_path / "ckpt")["encoder.queries.weight"]
+    with torch.no_grad():
+        model.encoder.queries.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="encoder.queries.weight is not finite"):
+        model.save_pretrained(tmp_path / "ckpt")
+    assert torch.equal(weights(tmp_path / "ckpt")["encoder.queries.weight"], before)
+
+
+def test_saving_touches_nothing_but_its_own_files(tiny, tmp_path):
+    model, names = tiny_model(tiny), ["ckpt.new", "ckpt.old", "notes"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text(name)
+    model.save_pretrained(tmp_path / "ckpt")
+    model.save_pretrained(tmp_path / "ckpt")
+    with pytest.raises(OSError, match="notes holds something else .mine.txt.: choose a new folder"):
+        model.save_pretrained(tmp_path / "notes")
+    assert [(tmp_path / name / "mine.txt").read_text() for name in names] == names
+    run = train_tiny(tiny, tmp_path / "out", max_steps=2)
+    with pytest.raises(OSError, match="holds something else"):  # a run's checkpoint has the optimizer's state
+        model.save_pretrained(run / "step-000002")
+    assert (run / "step-000002" / "optimizer.safetensors").exists()
+
+
+def test_the_newest_checkpoint_is_found_by_its_number_and_below_the_folder_that_is_named(tiny, tmp_path):
+    model = tiny_model(tiny)
+    for name in ("stage1/step-999999", "stage1/step-1000000", "stage1/saving", "stage1/step-2000000.new", "stage1/removing"):
+        model.save_pretrained(tmp_path / name)
+    assert find_checkpoint(tmp_path / "stage1").name == find_checkpoint(tmp_path).name == "step-1000000"
+    for nothing in ("", tmp_path / "nowhere"):
+        with pytest.raises(OSError, match="no checkpoint"):
+            find_checkpoint(nothing)
+
+
+def test_a_model_can_be_copied_and_pickled_and_its_frozen_parts_stay_frozen(tiny, batch):
+    model = tiny_model(tiny, stage=2).eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(other.embed(batch["image"]), model.embed(batch["image"]))
+        other.train()
+        assert not other.decoder.unet.training and other.encoder.bart.training
+        assert other.decoder.unet.train().training is False and other.decoder.unet is not model.decoder.unet
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tiny, tmp_path):
@@ -425,7 +549,9 @@ def test_resuming_gives_bit_identical_weights_to_not_stopping(tiny, tmp_path, st
     shutil.copytree(whole, tmp_path / "stopped" / f"stage{stage}")
     stopped = tmp_path / "stopped" / f"stage{stage}"
     shutil.rmtree(stopped / "step-000005")
-    assert vlv.find_checkpoint(stopped).name == "step-000004"
+    (stopped / "step-000006.new").mkdir()  # what other programs and versions leave counts for nothing
+    (stopped / "step-000006.new" / "config.json").write_text("{}")
+    assert find_checkpoint(stopped).name == "step-000004"
     train_tiny(tiny, tmp_path / "stopped", stage=stage, max_steps=5, resume=True)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(stopped)[name]), name
@@ -639,62 +765,267 @@ def test_latents_ahead_are_refused_when_the_images_have_changed(tiny, tmp_path):
         train_tiny(tiny, tmp_path / "out", data=data, latents=True)
 
 
+def test_an_image_that_cannot_be_read_just_now_gets_no_latents_and_gets_them_later(tiny, tmp_path, capsys):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    (data / "03.png").rename(tmp_path / "03.png")
+    (data / "03.png").write_bytes(b"")
+    arguments = [str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32"]
+    assert "1 of 12 images could not be read" in say_what_is_wrong(arguments, latents.main)
+    shutil.copy(tmp_path / "03.png", data / "03.png")  # it is there again, but its latents are not
+    item = ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))[3]
+    assert "03.png: it has no latents" in item["skipped"][0] and item["moments"].isfinite().all()
+    latents.main(arguments)
+    dataset = ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))
+    assert not dataset[3]["skipped"]
+    with torch.no_grad():
+        expected = tiny_model(tiny).decoder.encode_image(dataset[3]["image"][None])[0]
+    torch.testing.assert_close(dataset[3]["moments"].float(), expected, rtol=2e-3, atol=2e-3)
+    for name in ("latents.npy", "latents.done.npy", "latents.json"):
+        (data / name).unlink()
+        with pytest.raises(ValueError, match="compute them with"):
+            ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))
+        latents.main(arguments)
+        again = ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))[3]["moments"]
+        torch.testing.assert_close(again, dataset[3]["moments"], rtol=2e-3, atol=2e-3)
+
+
 def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):
     for stage in (1, 2):
-        run = train_tiny(tiny, tmp_path, benchmark=1, random_init=True, stage=stage, data="nowhere")
-        assert "TFLOP an image" in capsys.readouterr().out and not any(run.iterdir())
+        train_tiny(tiny, tmp_path, benchmark=1, random_init=True, stage=stage, data="nowhere")
+        assert "TFLOP an image" in capsys.readouterr().out and not any(tmp_path.iterdir())
 
 
 # --- nothing lost -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1"))])
-def test_killed_at_random_and_resumed_the_weights_are_those_of_a_run_never_killed(tiny, tmp_path, kills):
-    settings = dict(max_steps=60 + 5 * kills, save_interval=1)  # half of the time goes into saving
-    dice = random.Random(kills)
-    command = [sys.executable, str(HERE / "train.py"), *tiny_flags(tiny, tmp_path / "killed", resume=True, **settings)]
-    run, survived = tmp_path / "killed" / "stage1", []
-    for kill in range(kills + 1):
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        newest = lambda: max((p.stat().st_mtime for p in run.glob("step-*/config.json")), default=0)
-        before, deadline = newest(), time.time() + 120
-        while newest() == before and time.time() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL if kill < kills else signal.SIGTERM)  # the last one asks politely
-        said = process.communicate()[0]
-        survived.append(int(vlv.find_checkpoint(run).name[5:11]))
-    assert survived == sorted(survived) and 0 < survived[-1] < settings["max_steps"]
-    assert f"stopped by a signal after step {survived[-1]}, which is saved" in said and process.returncode != 0
-    train_tiny(tiny, tmp_path / "killed", resume=True, **settings)
-    whole = train_tiny(tiny, tmp_path / "whole", **settings)
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(run)[name]), name
-    losses = [[(line["step"], line["loss"]) for line in read_log(folder)] for folder in (run, whole)]
-    assert losses[0] == losses[1]  # the log, too, reads as if nothing had happened
+# Runs as people start them: torchrun, two processes, loader workers, accumulation, validation and pictures.
 
 
-def test_under_torchrun_a_run_whose_worker_is_killed_resumes_by_itself(tiny, tmp_path):
+def real_flags(tiny, out_dir, stage, **overrides) -> list[str]:
+    settings = dict(num_workers=2, micro_batch_size=1, val_data=tiny / "data", eval_interval=10, eval_images=4, eval_pictures=1,
+                    max_caption_tokens=8, save_interval=2, resume=True, stage=stage)  # fmt: skip
+    if stage == 2:
+        if not (tiny / "start").exists():
+            train_tiny(tiny, tiny / "start", max_steps=1)
+        settings["init_from"] = tiny / "start"
+    return tiny_flags(tiny, out_dir, **settings | overrides)
+
+
+def start(arguments: list[str], *torchrun: str, program=HERE / "train.py", **kwargs) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--max_restarts=2",
-               "train.py", *tiny_flags(tiny, tmp_path, max_steps=60, save_interval=1, resume=True)]  # fmt: skip
-    run = tmp_path / "stage1"
-    newest = lambda: max((int(p.parent.name[5:]) for p in run.glob("step-??????/config.json")), default=0)
-    agent = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *torchrun]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, errors="replace", **kwargs)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
     try:
-        for step in (5, 25):
-            deadline = time.time() + 120
-            while newest() < step and time.time() < deadline and agent.poll() is None:
-                time.sleep(0.01)
-            workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(workers[-1]), signal.SIGKILL)
-        said = agent.communicate(timeout=300)[0]
+        return process.communicate(timeout=300)[0]
     finally:
-        agent.terminate()  # does nothing to one that has ended
-    assert agent.returncode == 0 and said.count("starting from") == 3, said[-3000:]
-    assert [line["step"] for line in read_log(run)] == list(range(1, 61))
+        process.kill()
+
+
+def processes_of(out_dir: Path) -> list[int]:
+    """All that has out_dir among its arguments: torchrun, trainers and their loaders' workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out_dir).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            pass
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def trainers_of(torchrun: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+    return sorted(map(int, found))
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def newest(run: Path) -> int:
+    return max((int(path.name[5:]) for path in checkpoints(run)), default=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.skipif(not SLOW, reason="half an hour: VLV_SLOW=1"))])
+def test_a_real_run_killed_in_its_saves_ends_as_one_never_killed(tiny, tmp_path, stage, kills):
+    settings, dice, how = dict(max_steps=14 * kills), random.Random(kills), []
+    run = tmp_path / "killed" / f"stage{stage}"
+    while len(how) < kills:
+        torchrun = start(real_flags(tiny, tmp_path / "killed", stage, **settings), "--max_restarts=1")
+        for way in [("worker", "torchrun"), ("all",), ("SIGTERM",)][len(how) % 3]:
+            before = newest(run)
+            wait_until(lambda: newest(run) > before)  # it goes on from what is there
+            maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in trainers_of(torchrun))
+            assert "libtorch" in maps and str(run) not in maps  # no checkpoint is mapped into memory
+            wait_until((run / "saving").exists)
+            time.sleep(dice.uniform(0, 0.02))
+            trainers = trainers_of(torchrun)
+            if way == "worker":
+                os.kill(dice.choice(trainers), signal.SIGKILL)
+            elif way == "torchrun":
+                torchrun.kill()
+            elif way == "all":
+                for pid in processes_of(tmp_path / "killed"):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                torchrun.send_signal(signal.SIGTERM)
+            how.append(way)
+        said = finish(torchrun)
+        assert torchrun.returncode != 0
+        if way == "SIGTERM":
+            assert f"stopped by a signal after step {newest(run)}, which is saved" in said
+            assert "Traceback" not in said.split("stopped by a signal")[0]
+        wait_until(lambda: not processes_of(tmp_path / "killed"), 60)
+    assert 0 < newest(run) < settings["max_steps"], "it was over before it could be killed"
+    finish(last := start(real_flags(tiny, tmp_path / "killed", stage, **settings)))
+    finish(whole := start(real_flags(tiny, tmp_path / "whole", stage, **settings)))
+    assert last.returncode == whole.returncode == 0
+    for kind in ("model", "optimizer"):
+        ours, theirs = (tensors_of(find_checkpoint(folder / f"stage{stage}"), kind)
+                        for folder in (tmp_path / "killed", tmp_path / "whole"))  # fmt: skip
+        assert len(ours) > 20 and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logs = [[{k: line.get(k) for k in ("step", "loss", "val_loss")} for line in read_log(folder / f"stage{stage}")]
+            for folder in (tmp_path / "killed", tmp_path / "whole")]  # fmt: skip
+    assert logs[0] == logs[1]  # the log, too, reads as if nothing had happened
+    assert len(checkpoints(run)) == 2 and not {"saving", "removing"} & {path.name for path in run.iterdir()}
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_on_a_full_disk_a_real_run_goes_on_without_saves_log_and_pictures(tiny, tmp_path, stage):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    (data / "03.png").write_bytes(b"broken")  # so that there is something to be noted
+    run, settings = tmp_path / f"stage{stage}", dict(max_steps=6, data=data, eval_interval=2)
+    finish(start(real_flags(tiny, tmp_path, stage, **settings | dict(max_steps=2))))
+    smallest = min(file.stat().st_size for file in (run / "step-000002").glob("model*"))
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 1, "room": "x" * smallest}) + "\n")
+    (run / "skipped.txt").unlink(missing_ok=True)
+    for name in ("skipped.txt", "step-000004.png"):
+        (run / name).mkdir()  # a way to make a small file unwritable that needs no second disk
+    no_large_files = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, resource.RLIM_INFINITY))
+    said = finish(full := start(real_flags(tiny, tmp_path, stage, **settings), preexec_fn=no_large_files))
+    assert full.returncode != 0 and "Traceback" not in said.split("could not be saved; make room")[0]
+    for sentence in ("step 4 is not saved", "skipped.txt", "step-000004.png", "log.jsonl", "could not be saved; make room"):
+        assert sentence in said, sentence
+    assert newest(run) == 2 and "room" in (run / "log.jsonl").read_text()  # nothing of the log is lost
+    assert "saving" not in {path.name for path in run.iterdir()}
+    assert "done: " in finish(start(real_flags(tiny, tmp_path, stage, **settings))) and newest(run) == 6
+    assert [line["step"] for line in read_log(run) if "loss" in line][-4:] == [3, 4, 5, 6]
+
+
+def test_an_end_that_a_restart_cannot_mend_is_not_restarted(tiny, tmp_path):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    for i in range(6):
+        (data / f"{i:02d}.png").write_bytes(b"not an image")
+    flags = real_flags(tiny, tmp_path / "out", 1, data=data, max_steps=40)
+    said = finish(torchrun := start(flags, "--max_restarts=3"))
+    assert torchrun.returncode != 0 and said.count("starting from") == 1 and said.count("could not be read: see") == 1
+    assert not processes_of(tmp_path / "out")
+    said = finish(torchrun := start(flags + ["--batch_size", "0"], "--max_restarts=3"))
+    assert torchrun.returncode != 0 and said.count("error: batch_size is '0'") == 1
+    for i in range(6):
+        shutil.copy(tiny / "data" / f"{i:02d}.png", data)
+    train_tiny(tiny, tmp_path / "out", data=data, max_steps=40, resume=True)  # a deliberate --resume goes on
+    assert newest(tmp_path / "out" / "stage1") == 40
+
+
+def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
+    flags = real_flags(tiny, tmp_path, 1, max_steps=1000)
+    first = start(flags)
+    wait_until(lambda: newest(tmp_path / "stage1") > 0)
+    before = newest(tmp_path / "stage1")
+    sentence = say_what_is_wrong(tiny_flags(tiny, tmp_path, resume=True), train.main)
+    assert "belongs to another run, process " in sentence and f"{trainers_of(first)[0]} on" in sentence
+    wait_until(lambda: newest(tmp_path / "stage1") > before)  # which is not disturbed
+    first.terminate()
+    finish(first)
+    # each process has a folder of its own, as on two machines without shared storage
+    program = tmp_path / "apart.py"
+    program.write_text("import os, sys, train\nos.chdir(os.environ['RANK'])\ntrain.main(sys.argv[1:])\n")
+    for rank in "01":
+        train_tiny(tiny, tmp_path / rank / "out", max_steps=2 + 2 * int(rank))
+    said = finish(apart := start(tiny_flags(tiny, "out", resume=True, max_steps=8), program=program, cwd=tmp_path))
+    assert apart.returncode != 0 and "must be on storage that all machines see" in said and "Traceback" not in said.split("must be")[0]
+    assert [newest(tmp_path / rank / "out" / "stage1") for rank in "01"] == [2, 4]
+
+
+def test_neither_accumulating_nor_resuming_holds_gradients_or_state_twice(tiny, tmp_path):
+    program = tmp_path / "watched.py"
+    program.write_text("""
+import gc, os, sys, torch, train
+loss_of = train.loss_of
+
+def watched(model, *args):
+    modules = {p: None for p in model.parameters() if p.requires_grad}
+    storages = {p.grad.untyped_storage().data_ptr() for p in modules if p.grad is not None}
+    gc.collect()
+    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+             if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    if model.training:
+        os.write(1, f"\\nGRADS {len(storages)} of {len(modules)} ALIVE {sum(alive.values())}\\n".encode())  # one piece
+    return loss_of(model, *args)
+
+train.loss_of = watched
+train.main(sys.argv[1:])
+""")
+    flags = partial(tiny_flags, tiny, tmp_path, micro_batch_size=1, resume=True, save_interval=3)
+    fresh = finish(start(flags(max_steps=6), program=program))
+    alive = [int(line.split()[-1]) for line in fresh.splitlines() if line.startswith("GRADS")]
+    counts = [line.split()[1:4] for line in fresh.splitlines() if line.startswith("GRADS")]
+    assert len(counts) == 2 * 2 * 6
+    assert all(1 <= int(storages) <= 3 < 20 < int(params) for storages, _, params in counts)  # all in DDP's few buckets
+    resumed = finish(start(flags(max_steps=8), program=program))
+    again = [int(line.split()[-1]) for line in resumed.splitlines() if line.startswith("GRADS")]
+    assert len(again) == 2 * 2 * 2 and max(again) <= 1.02 * max(alive)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(batch_size=6), "batch_size 4, and now it is 6"),
+    (dict(seed=1), "seed 0, and now it is 1"),
+    (dict(data="fewer"), "samples 12, and now it is 11"),
+    (dict(data="others"), "fingerprint_of_data"),
+    (dict(stage1_trains=["queries", "bart"], batch_size=4), None),
+])  # fmt: skip
+def test_what_a_run_was_started_with_travels_with_it(tiny, tmp_path, change, sentence):
+    train_tiny(tiny, tmp_path / "out", max_steps=2)
+    if name := change.get("data"):
+        change["data"] = shutil.copytree(tiny / "data", tmp_path / name)
+        (change["data"] / "03.png").unlink() if name == "fewer" else (change["data"] / "03.png").rename(change["data"] / "x.png")
+    if sentence is None:  # fewer parts are trained: what is left of the optimizer's state fits
+        train_tiny(tiny, tmp_path / "out", max_steps=4, resume=True, **change)
+    else:
+        flags = partial(tiny_flags, tiny, tmp_path / "out", max_steps=4, resume=True, **change)
+        said = say_what_is_wrong(flags(), train.main)
+        assert sentence in said and "--accept_changes" in said and newest(tmp_path / "out" / "stage1") == 2
+        train.main(flags(accept_changes=True))
+    assert newest(tmp_path / "out" / "stage1") == 4
+
+
+def test_more_trained_parts_than_there_is_state_for_are_refused(tiny, tmp_path):
+    train_tiny(tiny, tmp_path, max_steps=2, stage1_trains=["queries"])
+    said = say_what_is_wrong(tiny_flags(tiny, tmp_path, max_steps=4, resume=True, stage1_trains=["queries", "projection"]), train.main)
+    assert "it has no optimizer state of encoder.projection" in said
+
+
+def test_stage_2_does_not_follow_an_unfinished_stage_1(tiny, tmp_path):
+    run = train_tiny(tiny, tmp_path, max_steps=4)
+    shutil.rmtree(run / "step-000004")
+    said = say_what_is_wrong(tiny_flags(tiny, tmp_path, stage=2), train.main)
+    assert "stage 1 is not finished" in said and "step 2 of 4" in said and "--init_from" in said
+    train_tiny(tiny, tmp_path, stage=2, init_from=run)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
@@ -710,7 +1041,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny,
             return train_tiny(tiny, tmp_path / name, save_interval=1, **overrides)
 
     run = with_nan_at([3], "once", max_steps=3)
-    second, third = (vlv.load_file(run / f"step-00000{step}" / "model.safetensors") for step in (2, 3))
+    second, third = (weights(run / f"step-00000{step}") for step in (2, 3))
     assert all(torch.equal(second[name], third[name]) for name in second)
     assert [line["non_finite_steps"] for line in read_log(run)] == [0, 0, 1]
     with pytest.raises(SystemExit, match="not finite 10 steps in a row, up to step 12"):
@@ -718,21 +1049,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny,
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "always" / "stage1").values())
 
 
-def test_a_full_disk_fails_the_save_and_not_the_run(tiny, tmp_path, capsys):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert (size := sum(p.numel() for p in tiny_model(tiny).encoder.bart.parameters()) * 4) > 50_000
-    train_tiny(tiny, tmp_path, max_steps=2)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # no file may grow larger than that
-        with pytest.raises(SystemExit, match="could not be saved; make room and add --resume"):
-            train_tiny(tiny, tmp_path, max_steps=6, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    run = tmp_path / "stage1"
-    assert "step 4 is not saved" in capsys.readouterr().out
-    assert [p.name for p in sorted(run.glob("step-*"))] == ["step-000002"] and read_log(run)[-1]["step"] == 6
-    train_tiny(tiny, tmp_path, max_steps=6, resume=True)
-    assert vlv.find_checkpoint(run).name == "step-000006"
+def test_ctrl_c_saves_and_a_second_command_goes_on(tiny, tmp_path):
+    command = [sys.executable, str(HERE / "train.py"), *tiny_flags(tiny, tmp_path, max_steps=1000, num_workers=2, resume=True)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    wait_until(lambda: newest(tmp_path / "stage1") > 0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loader's workers get it, too
+    said = finish(process)
+    step = newest(tmp_path / "stage1")
+    assert process.returncode == 1 and f"stopped by a signal after step {step}, which is saved" in said and "Traceback" not in said
+    train_tiny(tiny, tmp_path, max_steps=step + 1, resume=True)
+    assert newest(tmp_path / "stage1") == step + 1
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------
@@ -780,7 +1106,7 @@ def test_a_run_stops_when_more_than_one_in_a_hundred_cannot_be_read(tiny, tmp_pa
         (data / f"{i:02d}.png").write_bytes(b"not an image")
     with pytest.raises(SystemExit, match="samples could not be read: see .*skipped.txt"):
         train_tiny(tiny, tmp_path / "out", data=data, max_steps=50)
-    assert vlv.find_checkpoint(tmp_path / "out" / "stage1")
+    assert find_checkpoint(tmp_path / "out" / "stage1")
 
 
 def test_a_truncated_shard_gives_what_is_before_the_break_and_is_named(tiny, tmp_path):
@@ -794,6 +1120,44 @@ def test_a_truncated_shard_gives_what_is_before_the_break_and_is_named(tiny, tmp
         dataset = ImageTextDataset(tmp_path, 32, with_captions=True)
         assert 12 < len(dataset) < 24 and dataset.broken_shards[0].startswith(f"{tmp_path / '1.tar'}: broken shard"), built
         assert all(dataset[i]["image"].any() for i in range(len(dataset)))
+
+
+def test_data_that_cannot_be_used_is_named_for_what_it_is(tiny, tmp_path):
+    for name in ("packed", "silent", "wordless"):
+        (tmp_path / name).mkdir()
+    with tarfile.open(tmp_path / "silent" / "0.tar", "w") as tar:
+        for path in sorted((tiny / "data").glob("*.png")):
+            tar.add(path, path.name)
+    (tmp_path / "packed" / "0.tar").write_bytes(gzip.compress((tmp_path / "silent" / "0.tar").read_bytes()))
+    shutil.copy(tiny / "data" / "00.png", tmp_path / "wordless")
+    with pytest.raises(ValueError, match="it is compressed: unpack it with gunzip"):
+        ImageTextDataset(tmp_path / "packed", 32)
+    for name, reason in [("silent", "shards hold no KEY.txt"), ("wordless", "no image has a NAME.txt")]:
+        assert ImageTextDataset(tmp_path / name, 32)[0]["image"].any()
+        with pytest.raises(ValueError, match=f"no captions, which stage 2 needs: .*{reason}"):
+            ImageTextDataset(tmp_path / name, 32, with_captions=True)
+
+
+def test_a_damaged_index_is_made_again(tiny, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in sorted((tiny / "data").iterdir()):
+            tar.add(path, path.name)
+    whole, file = ImageTextDataset(tmp_path, 32, True), tmp_path / "index.bin"
+    good = file.read_bytes()
+    for damaged in (good[:-7], good[:-40], b"", good[:40] + bytes([255]) * 40 + good[80:], None):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        again = ImageTextDataset(tmp_path, 32, True)
+        assert file.read_bytes() == good and again.fingerprint == whole.fingerprint
+        assert all(torch.equal(again[i]["image"], whole[i]["image"]) for i in range(12))
+
+
+def test_where_nothing_can_be_read_a_run_ends_with_a_sentence(tiny, tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(b"nothing")
+    said = say_what_is_wrong(tiny_flags(tiny, tmp_path / "out", data=tmp_path, num_workers=2, max_steps=50), train.main)
+    assert "12 samples in a row cannot be read" in said and not checkpoints(tmp_path / "out" / "stage1")
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -932,6 +1296,28 @@ def test_rotation_depth_and_animation_are_respected():
     assert open_image(frames).getpixel((5, 10))[0] > 200
 
 
+@pytest.mark.parametrize("values, grey", [
+    (np.full((4, 4), 2048, np.uint16), 128),  # 12 bits in 16
+    (np.full((4, 4), 128 * 257, np.uint16), 128),
+    (np.full((4, 4), 0.5, np.float32), 128),
+    (np.full((4, 4), 127.6, np.float32), 128),
+    (np.full((4, 4), 128, np.int32), 128),
+    (np.full((4, 4), 0, np.int32), 0),
+])  # fmt: skip
+def test_what_has_more_than_eight_bits_is_scaled_to_eight(values, grey):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "tiff")
+    assert open_image(file).getpixel((1, 1)) == (grey,) * 3
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e9, math.nan, math.inf])
+def test_values_of_no_known_range_are_an_error(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(file, "tiff")
+    with pytest.raises(OSError, match="its values go from"):
+        open_image(file)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000), (33, 32), (4000, 3000)])
 def test_tiny_huge_and_narrow_pictures_become_squares(size):
     image = crop_image(Image.new("RGB", size, (10, 200, 30)), 32)
@@ -941,17 +1327,129 @@ def test_tiny_huge_and_narrow_pictures_become_squares(size):
 # --- what users type ----------------------------------------------------------------------------------------------------
 
 
+def load_script(path: str):
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), HERE / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def commands(tiny):
+    """Every command: its settings, its main, and arguments that suit it."""
+    evaluate, prepare, pretrain = (load_script(f"data/shapes/{name}.py") for name in ("evaluate", "prepare", "pretrain"))
+    laion, captions6m = (load_script(f"data/{name}/prepare.py") for name in ("laion", "captions6m"))
+    return {
+        "train": (train.TrainConfig, train.main, lambda out: tiny_flags(tiny, out, max_steps=2, val_data=tiny / "data",
+                                                                        eval_pictures=1, benchmark=0)),
+        "sample": (sample.SampleConfig, sample.main, lambda out: ["--out", out, "--num_inference_steps", 2, "--ckpt", TOY,
+                                                                  "--mix", sample.BUNDLED_PICTURE, sample.BUNDLED_PICTURE]),
+        "latents": (latents.LatentsConfig, latents.main,
+                    lambda out: [shutil.copytree(tiny / "data", out), "--diffusion_model", tiny / "sd", "--image_size", 32]),
+        "evaluate": (evaluate.EvaluateConfig, evaluate.main,
+                     lambda out: ["--images", 2, "--num_inference_steps", 2, "--json", f"{out}.json"]),
+        "shapes": (prepare.PrepareConfig, prepare.main, lambda out: ["--out", out, "--train", 5]),
+        "pretrain": (pretrain.PretrainConfig, pretrain.main, None),  # takes an hour
+        "laion": (laion.PrepareConfig, laion.main, lambda out: ["nowhere"]),
+        "captions6m": (captions6m.PrepareConfig, captions6m.main, lambda out: ["nowhere"]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "latents", "evaluate", "shapes", "pretrain", "laion", "captions6m"])
+def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tmp_path, command, capsys):
+    config, main, arguments = commands[command]
+    tried, right = 0, []
+    for field in dataclasses.fields(config):
+        if settings.take_apart(field.type)[0] not in (int, float):
+            continue
+        for value in ["0", "-1", "nan", "inf", "-inf", "1" + "0" * 30, "1" + "0" * 400, "1e30", "many", ""]:
+            tried += 1
+            more = arguments(tmp_path / f"{field.name}{tried}") if arguments else []
+            try:
+                settings.read_flags(config, [*map(str, more), f"--{field.name}={value}"], "")
+            except ValueError:
+                sentence = say_what_is_wrong([*more, f"--{field.name}={value}"], main)
+                assert f"{field.name} is {value!r}, but must be a" in sentence
+            else:
+                right.append((field.name, value, more))
+    assert tried > 10 and all(float(value) == 0 or float(value) >= 1e30 for _, value, _ in right)
+    for name, value, more in right if arguments else []:  # and these give a right result
+        assert main([*map(str, more), f"--{name}={value}"]) in (None, 0), name
+        if command == "train":
+            run = Path(more[more.index("--out_dir") + 1]) / "stage1"
+            assert newest(run) == 2 and all(math.isfinite(line.get("loss", 0)) for line in read_log(run))
+        if command == "evaluate":
+            assert "NaN" not in Path(more[-1]).read_text()
+    assert {"train": 9, "sample": 3, "shapes": 1, "evaluate": 2}.get(command, 0) <= len(right)
+    if command != "latents":
+        with pytest.raises(SystemExit) as exit:
+            main(["--help"])
+        said = capsys.readouterr().out
+        assert exit.value.code == 0 and all(f"--{f.name}" in said for f in dataclasses.fields(config) if f.default != f.default_factory)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(VLVConfig)])
+def test_every_field_of_config_json_is_right_or_named(tiny, batch, tmp_path, name):
+    model = tiny_model(tiny, stage=2).eval()
+    model.save_pretrained(tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "config.json"
+    saved, loaded = json.loads(file.read_text()), 0
+    for value in [0, -1, math.nan, math.inf, 1e30, 10**30, 64, "many", "", None, True, [], {}, ["many"], [[1]]]:
+        file.write_text(json.dumps(saved | {name: value}))
+        try:
+            again = VLV.from_pretrained(tmp_path / "ckpt")
+        except (ValueError, OSError) as error:
+            assert name in str(error) and "\n" not in str(error)
+        else:  # then it is the same model
+            assert value == saved[name]
+            with torch.no_grad():
+                assert torch.equal(again.embed(batch["image"]), model.embed(batch["image"]))
+            loaded += 1
+    assert loaded <= 1
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '"text"', "3", "", "{", '{"num_querys": 3}', '{"stage": 1} {}', "[" * 100_000])
+def test_a_config_json_that_is_something_else_is_named(tiny, tmp_path, text):
+    tiny_model(tiny).save_pretrained(tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "config.json").write_text(text)
+    assert "config.json" in say_what_is_wrong(["--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out"], sample.main)
+    (tmp_path / "settings.json").write_text(text)
+    if text != '{"num_querys": 3}':
+        assert "settings.json" in say_what_is_wrong(["--config", tmp_path / "settings.json"], train.main)
+
+
+def test_what_is_no_batch_of_images_is_refused_and_not_captioned(tiny, batch):
+    model = tiny_model(tiny, stage=2).eval()
+    good = batch["image"]
+    for bad in [good / 255, good.to(torch.int8), good[:, :1], good[..., :20], good[0], good[:0], good.movedim(1, -1)]:
+        with pytest.raises(ValueError, match=r"must be \(B, 3, S, S\) torch.uint8"):
+            model.embed(bad)
+    for nothing in ([], torch.zeros(0, 6, 32), torch.zeros(6, 32)):
+        with pytest.raises(ValueError, match="cannot be read or drawn"):
+            model.decoder.reconstruct(nothing, num_inference_steps=2)
+    with pytest.raises(ValueError, match="cannot be read or drawn"):
+        model.caption_head.generate(torch.zeros(0, 6, 32))
+    one, same = (model.decoder.reconstruct(text, num_inference_steps=2) for text in ("a dog", ["a dog"]))
+    assert len(one) == 1 and np.array_equal(one[0], same[0])
+
+
+def test_as_a_library_it_loads_without_a_word(capfd):
+    VLV.from_pretrained(TOY)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (["--num_querys", "5"], "there is no 'num_querys'; did you mean 'num_queries'"),
-    (["--num_queries", "many"], "invalid int value: 'many'"),
+    (["--num_queries", "many"], "num_queries is 'many', but must be a whole number >= 1"),
     (["--config", "missing.json"], "missing.json"),
     (["--num_queries", "25"], "24 positions: choose at most 24"),
     (["--data", "nowhere"], "data folder nowhere does not exist"),
     (["--encoder", "no/such"], "cannot load the vision encoder"),
     (["--llm", "no/such", "--stage", "2", "--init_from", "nothing"], "there is no checkpoint in nothing"),
     (["--batch_size", "3", "--micro_batch_size", "2"], "batch_size 3 does not divide"),
-    (["--stage", "3"], "stages 1 and 2"),
-    (["--stage1_trains", "bert"], "there is no 'bert'; did you mean 'bart'"),
+    (["--stage", "3"], "must be one of 1, 2"),
+    (["--stage1_trains", "bert"], "stage1_trains is 'bert', but must be one of bart, queries, projection; did you mean 'bart'"),
     (["--lr_schedule", "cosin"], "did you mean 'cosine'"),
     (["--image_size", "30"], "multiples of 8 pixels"),
     (["--encoder_image_size", "1632"], "takes 32 to 1600 pixels"),
@@ -988,21 +1486,95 @@ def test_sample_does_the_readable_ones_and_names_the_others(tmp_path, capsys):
     assert code == 1
     assert [line.split(": ")[0] for line in printed.out.splitlines()] == [str(images / "a.png"), str(images / "deeper" / "a.jpg")]
     problems = [line for line in printed.err.splitlines() if line.startswith("error:")]
-    assert len(problems) == 2 and "broken.png" in problems[0] and "missing.png" in problems[1]
+    assert len(problems) == 2 and "missing.png: there is no such file" in problems[0] and "broken.png" in problems[1]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a-2.png", "a.png", "captions.jsonl"]
     records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl")]
     assert [f"{r['image']}: {r['caption']}" for r in records] == printed.out.splitlines()
 
 
+def quick(*arguments) -> list[str]:
+    return [*map(str, arguments), "--ckpt", str(TOY), "--num_inference_steps", "2"]
+
+
+def test_no_picture_of_a_users_is_overwritten_and_a_second_call_replaces_its_own(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "deeper").mkdir(parents=True)
+    for name in ("cat.png", "dog.png", "deeper/cat.png"):
+        picture("RGB").save(photos / name)
+    (photos / "cat-2.png").write_bytes(b"mine")
+    originals = {path: path.read_bytes() for path in photos.rglob("*.png")}
+    for call in range(3):
+        assert sample.main(quick(photos, "--out", photos)) == 1  # cat-2.png is no picture, and says so each time
+        assert all(path.read_bytes() == data for path, data in originals.items())
+        records = {r["image"]: r["picture"] for r in map(json.loads, open(photos / "captions.jsonl"))}
+        assert records == {str(photos / "cat.png"): "cat-3.png", str(photos / "deeper/cat.png"): "cat-4.png",
+                           str(photos / "dog.png"): "dog-2.png"}  # fmt: skip
+        expected = {path.name for path in originals} | {*records.values(), "captions.jsonl", "deeper"}
+        assert {path.name for path in photos.iterdir()} == expected
+        assert len(capsys.readouterr().out.splitlines()) == 3
+    # another image adds to the results; the user's own picture in the place of one of ours stays
+    picture("RGB").save(photos / "dog-2.png")
+    mine = (photos / "dog-2.png").read_bytes()
+    picture("L").save(tmp_path / "bird.png")
+    sample.main(quick(tmp_path / "bird.png", photos / "dog.png", "--out", photos))
+    records = {r["image"]: r["picture"] for r in map(json.loads, open(photos / "captions.jsonl"))}
+    assert len(records) == 4 and records[str(photos / "dog.png")] == "dog-3.png" and (photos / "dog-2.png").read_bytes() == mine
+    (photos / "captions.jsonl").write_text('{"mine": 1}\n')
+    assert "was not written by this program" in say_what_is_wrong(quick(photos, "--out", photos), sample.main)
+    assert (photos / "captions.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_names_that_are_no_text_and_a_killed_calls_half_line_do_no_harm(tmp_path, capsys):
+    names = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "caf\u00e9.png"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        picture("RGB").save(tmp_path / "in" / name)
+    (tmp_path / "in" / os.fsdecode(b"broken\xff.png")).write_bytes(b"")
+    for call in range(2):
+        assert sample.main(quick(tmp_path / "in", "--out", tmp_path / "out")) == 1
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 3 and "broken\\udcff.png" in said.err and "two\\nlines.png: a" in said.out
+        records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl", encoding="utf-8")]
+        assert {r["image"] for r in records} == {str(tmp_path / "in" / name) for name in names}
+        assert all((tmp_path / "out" / r["picture"]).exists() for r in records)
+        with open(tmp_path / "out" / "captions.jsonl", "a") as file:
+            file.write('{"image": "x.png", "capt')
+
+
+def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(60):
+        picture("RGB").save(tmp_path / "in" / f"{i:02d}.png")
+    command = [sys.executable, str(HERE / "sample.py"), *quick(tmp_path / "in", "--out", tmp_path / "out", "--batch_size", 2)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in said and "stopped; what was printed is kept" in said
+    records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl")]
+    assert 1 <= len(records) < 60 and all((tmp_path / "out" / r["picture"]).exists() for r in records)
+    size = (tmp_path / "out" / "captions.jsonl").stat().st_size
+    result = subprocess.run(command + ["--captions_only"], capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2000, -1)))  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "error: cannot write into" in result.stderr
+    lines = (tmp_path / "out" / "captions.jsonl").read_text().splitlines()
+    assert len(lines) > len(records) and all(json.loads(line)["caption"] for line in lines[:-1])
+
+
 @pytest.mark.parametrize("arguments, sentence", [
+    ([""], "images is ''"),
+    (["--ckpt", ""], "ckpt is ''"),
+    (["--out", ""], "out is ''"),
+    (["--mix", str(TOY.parent / "example.png"), str(TOY)], "--mix takes two image files"),
+    (["--mix", "a.png", "b.png"], "a.png: there is no such file"),
+    (["c.png", "--mix", "a.png", "b.png"], "--mix names its two images itself"),
+    (["--mix", *[str(TOY.parent / "example.png")] * 2, "--split", "99"], "split is 99, but the checkpoint has 16"),
     (["--ckpt", "nowhere"], "no checkpoint in nowhere"),
-    (["--split", "99"], "--split is 99"),
-    (["--num_beams", "0"], "--num_beams is 0"),
+    (["--split", "99"], "--split needs --mix A B"),
+    (["--num_beams", "0"], "num_beams is '0', but must be a whole number >= 1"),
 ])  # fmt: skip
 def test_sample_says_what_is_wrong(arguments, sentence, tmp_path):
-    with pytest.raises(SystemExit) as exit:
-        sample.main(arguments + ["--out", str(tmp_path)])
-    assert sentence in exit.value.code
+    assert sentence in say_what_is_wrong(["--out", tmp_path, *arguments], sample.main)
 
 
 def test_a_stage_1_checkpoint_redraws_but_says_that_it_cannot_caption(tiny, tmp_path, capsys):
@@ -1068,6 +1640,17 @@ def test_the_same_seed_gives_the_same_output(tmp_path, capsys):
         sample.main(["--ckpt", str(TOY), "--out", str(tmp_path / name), "--num_inference_steps", "3"])
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b"))
     assert first == second and len(first) == 2
+
+
+def test_fewer_scenes_leave_no_old_shard_and_no_shard_of_others_is_removed(tmp_path):
+    script = load_script("data/shapes/prepare.py")
+    for count in (25, 12):
+        script.main(["--out", str(tmp_path), "--train", str(count), "--shard_size", "10"])
+        assert len(ImageTextDataset(tmp_path / "train", 32, True)) == count
+    (tmp_path / "train" / "mine.tar").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds shards that this did not write, such as mine.tar"):
+        script.main(["--out", str(tmp_path), "--train", "5"])
+    assert (tmp_path / "train" / "mine.tar").read_bytes() == b"mine" and (tmp_path / "train" / "00001.tar").exists()
 
 
 def test_scenes_are_reproducible_and_no_validation_caption_is_trained_on():

@@ -9,71 +9,74 @@ Flags override the JSON file of --config, the file overrides the defaults, and t
 A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two), log.jsonl, step-000100.png.
 """
 
-import argparse
+
 import dataclasses
 import json
 import math
 import os
 import resource
-import shutil
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from data.checkpoint import Journal, Saver, checkpoints, find_checkpoint, own
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, seeds_of
+from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, prepare_device, run
+from data.processes import start_workers, together
+from data.settings import Count, Seed, Text, Whole, check_names, read_flags, read_json
 from sample import panel, quiet
-from vlv import VLV, VLVConfig, check_names, find_checkpoint, load_config, read_json, to_device
+from vlv import VLV, VLVConfig, load_config, to_device
+
+Share = Annotated[float, ">= 0", "<= 1"]
 
 
 @dataclass
 class TrainConfig(VLVConfig):
     """Every setting of a run, next to those of the model. None: the stage's value in RECIPE."""
 
-    data: str = "data/laion"  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no captions
+    data: Text = "data/laion"  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no captions
     val_data: str = ""  # the same for validation; empty: no validation
-    out_dir: str = "out"
+    out_dir: Text = "out"  # with several machines: on storage that all of them see
     init_from: str = ""  # stage 2: the stage-1 checkpoint to start from; empty: the newest in OUT_DIR/stage1
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
-    device: str = "cuda"  # cuda, cpu, or auto: cuda where there is a GPU for each process
-    seed: int = 0  # decides the order of the data, every noise and every dropout
-    batch_size: int | None = None  # images a step, over all processes
+    accept_changes: bool = False  # resume with other data, batch size or seed than the run was started with
+    device: Literal["cuda", "cpu", "auto"] = "cuda"  # auto: cuda where there is a GPU for each process, else cpu
+    seed: Seed = 0  # decides the order of the data, every noise and every dropout
+    batch_size: Count | None = None  # images a step, over all processes
     # images a forward pass; None: a process's share of batch_size, as far as 80 GB hold it at the paper's size
-    micro_batch_size: int | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    lr_schedule: str | None = None  # cosine or linear, to zero at max_steps
-    warmup_steps: int = 0  # the paper has none
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0  # of the gradient's norm
+    micro_batch_size: Count | None = None
+    max_steps: Count | None = None
+    learning_rate: Share | None = None
+    lr_schedule: Literal["cosine", "linear"] | None = None  # to zero at max_steps
+    warmup_steps: Whole = 0  # the paper has none
+    beta1: Annotated[float, ">= 0", "< 1"] = 0.9
+    beta2: Annotated[float, ">= 0", "< 1"] = 0.99
+    weight_decay: Share = 0.01
+    grad_clip: Annotated[float, "> 0"] = 1.0  # of the gradient's norm
     # fp32; bf16: autocast over fp32 weights, and what is never learned is stored in bf16; auto: bf16 where the GPU has it
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True  # the layout in which convolutions are faster
     compile: bool = False  # torch.compile of the frozen nets: minutes at the start
-    gradient_checkpointing: tuple[str, ...] = ()  # of unet, bart, llm: less memory, their forward pass twice
+    gradient_checkpointing: tuple[Literal["unet", "bart", "llm"], ...] = ()  # less memory, their forward pass twice
     latents: bool = False  # read the VAE's moments, computed ahead by data/latents.py
-    num_workers: int = 4  # processes a rank that decode images; 0: none, good for tiny images
-    log_interval: int = 10  # steps
-    eval_interval: int = 1000  # steps
-    save_interval: int = 1000  # steps
-    eval_images: int = 512  # how many validation images the loss is measured on
-    eval_pictures: int = 8  # how many of them are drawn; 0: none
-    benchmark: int = 0  # measure so many steps on synthetic images, and save nothing
-    usd_per_gpu_hour: float = 2.5  # only for what the run says about its cost
+    num_workers: Annotated[int, ">= 0", "<= 256"] = 4  # processes a rank that decode images; 0: none, good for tiny images
+    log_interval: Count = 10  # steps
+    eval_interval: Count = 1000  # steps
+    save_interval: Count = 1000  # steps
+    eval_images: Count = 512  # how many validation images the loss is measured on
+    eval_pictures: Whole = 8  # how many of them are drawn; 0: none
+    benchmark: Whole = 0  # measure so many steps on synthetic images, and save nothing
+    usd_per_gpu_hour: Annotated[float, ">= 0"] = 2.5  # only for what the run says about its cost
 
     @property
     def reads_moments(self) -> bool:
@@ -82,7 +85,6 @@ class TrainConfig(VLVConfig):
 
 
 BAD_STEPS = 10  # so many non-finite steps in a row end the run
-SIGNALS = []  # those that asked the run to save and leave
 
 
 RECIPE = {  # the paper's
@@ -91,62 +93,31 @@ RECIPE = {  # the paper's
 }
 
 
-def raise_value_error(message: str):
-    raise ValueError(message)
-
-
 def read_settings(argv) -> dict:
     """The settings that the JSON file and the flags give. Raises ValueError with the nearest name for unknown ones."""
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.error = raise_value_error
-    parser.add_argument("--config", help="JSON file with settings, and with those of one stage under stage1 or stage2")
-    for name, field in fields.items():
-        kwargs = dict(default=argparse.SUPPRESS, help=f"default: {field.default!r}")
-        if field.type is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kwargs)
-        elif "tuple" in str(field.type):
-            parser.add_argument(f"--{name}", nargs="+", metavar="PART", **kwargs)
-        else:
-            kind = next(t for t in (int, float, str) if t.__name__ in str(field.type))
-            parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), **kwargs)
-    flags, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        check_names([flag.split("=")[0].lstrip("-")], [*fields, "config"], "command line")
-    flags = vars(flags)
+    flags = read_flags(TrainConfig, argv, __doc__,
+                       config="JSON file with settings, and with those of one stage under stage1 or stage2")  # fmt: skip
     settings = {}
-    if path := flags.pop("config"):
+    if "config" in flags:
+        path = flags.pop("config")
         settings = read_json(path)
-        stage = flags.get("stage", settings.get("stage", 1))
         stages = {key: settings.pop(key, {}) for key in ("stage1", "stage2")}
-        settings |= stages.get(f"stage{stage}", {})
-        check_names([*settings, *stages["stage1"], *stages["stage2"]], list(fields), path)
-    for name, value in (settings := settings | flags).items():
-        want = fields[name].type
-        if isinstance(value, int) and not isinstance(value, bool) and "float" in str(want):
-            settings[name] = value = float(value)
-        if "tuple" not in str(want) and not isinstance(value, want):
-            raise ValueError(f"{name} is {value!r}, but must be {getattr(want, '__name__', want)}")
-    return settings
+        for values in (settings, *stages.values()):
+            check_names(values, [f.name for f in dataclasses.fields(TrainConfig)], path)
+        settings |= stages.get(f"stage{flags.get('stage', settings.get('stage', 1))}", {})
+    return settings | flags
 
 
 def resolve(settings: dict, world_size: int) -> TrainConfig:
     """The run's settings, checked."""
-    stage = settings.get("stage", 1)
-    config = TrainConfig(**(RECIPE.get(stage, {}) | settings))
+    config = TrainConfig(**(RECIPE.get(settings.get("stage", 1), {}) | settings))
     share, rest = divmod(config.batch_size, world_size)
-    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if stage == 1 else 8)
-    if rest or not share or config.micro_batch_size < 1 or share % config.micro_batch_size:
+    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if config.stage == 1 else 8)
+    if rest or not share or share % config.micro_batch_size:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide into {world_size} processes and micro-batches of"
             f" {config.micro_batch_size}: choose a multiple of their product"
         )
-    check_names([config.lr_schedule], ["cosine", "linear"], "lr_schedule")
-    check_names([config.precision], ["auto", "fp32", "bf16"], "precision")
-    check_names(config.gradient_checkpointing, ["unet", "bart", "llm"], "gradient_checkpointing")
-    for name in ("max_steps", "log_interval", "eval_interval", "save_interval"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, but must be at least 1")
     return config
 
 
@@ -156,33 +127,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     shape = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * shape
-
-
-def prepare_device(config: TrainConfig) -> torch.device:
-    """This process's device. Raises ValueError when it is not there."""
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if config.device == "cpu" or config.device == "auto" and gpus < local_world_size:
-        if local_world_size > 1:  # processes that each take every core slow each other down tenfold
-            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
-        return torch.device("cpu")
-    if local_world_size > gpus:
-        where = "no CUDA GPU is here" if not gpus else f"{local_world_size} processes were started, but {gpus} GPUs are here"
-        raise ValueError(f"{where}: start with --nproc_per_node={max(1, gpus)} where there are GPUs, or add --device cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def join_processes(backend: str) -> None:
-    """Makes the process group of all that torchrun started, and waits for them."""
-    # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes under
-    # its own number. (Machines count attempts apart; for several the README has another way.)
-    store, rank, world_size = next(rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    hour = timedelta(hours=1)  # one rank may be indexing a new data folder
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
-    dist.barrier()
 
 
 def speed_up(model: VLV, config: TrainConfig, bf16: bool) -> None:
@@ -241,7 +185,7 @@ def cost(images: float, rate: float, processes: int, config: TrainConfig) -> str
 
 
 def main(argv=None):
-    # --- settings, device, data, model: what is wrong with them is said before processes wait for each other ----------
+    # --- settings and device: each process finds out by itself whether they are right ----------------------------------
     quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main, is_local_main = rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -249,47 +193,69 @@ def main(argv=None):
     try:
         settings = read_settings(argv)
         config = resolve(settings, world_size)
-        device = prepare_device(config)
-        run_dir = Path(config.out_dir) / f"stage{config.stage}"
-        has_run = not config.benchmark and any(run_dir.glob("step-*/config.json"))
-        if has_run and not config.resume:
-            raise ValueError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
-        torch.manual_seed(config.seed)  # the same new weights on every rank
-        source = run_dir if has_run else config.init_from
-        if config.stage == 2 and not source and not config.random_init:
-            source = Path(config.out_dir) / "stage1"
-        if source:
-            source = find_checkpoint(source)
-            if not has_run and config.stage == 2 and load_config(source).stage == 2:
-                raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
-        # what no flag says, the checkpoint does
-        model_config = load_config(source) if source else VLVConfig()
-        overrides = {k: v for k, v in settings.items() if k in VLVConfig.__dataclass_fields__} | {"stage": config.stage}
-        config = dataclasses.replace(config, **dataclasses.asdict(dataclasses.replace(model_config, **overrides)))
-
-        def open_data():
-            """The data sets for training and, or None, for validation."""
-            if config.benchmark:
-                return SyntheticDataset(config.image_size, config.max_caption_tokens, config.reads_moments), None
-            kwargs = dict(size=config.image_size, with_captions=config.stage == 2,
-                          latents_of=config.diffusion_model if config.reads_moments else None)  # fmt: skip
-            validation = ImageTextDataset(config.val_data, **kwargs) if config.val_data else None
-            return ImageTextDataset(config.data, **kwargs), validation
-
-        if is_local_main:  # who comes first builds the index; the others find it
-            dataset, val_dataset = open_data()
-        if source:
-            model = VLV.from_pretrained(source, for_training=True, **overrides)
-        else:
-            model = VLV(dataclasses.replace(model_config, **overrides), for_training=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}" if is_local_main else 1)  # once a machine
-
-    # --- processes, precision, optimizer ------------------------------------------------------------------------------
+        device = prepare_device(config.device)
+    except ValueError as error:
+        leave(f"error: {error}")
     if world_size > 1:
         join_processes("nccl" if device.type == "cuda" else "gloo")
-    if not is_local_main:
-        dataset, val_dataset = open_data()
+
+    # --- the run's folder, data and model: what is wrong with them on one process ends all -----------------------------
+    run_dir = Path(config.out_dir) / f"stage{config.stage}"
+
+    def find_source():
+        """Where the run starts from: (checkpoint or None for the pretrained models, whether this run wrote it)."""
+        steps = [] if config.benchmark else checkpoints(run_dir)
+        if steps and not config.resume:
+            raise ValueError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
+        if steps:
+            return steps[-1], True
+        if config.init_from:
+            source = find_checkpoint(config.init_from)
+        elif config.stage == 2 and not config.random_init:
+            source = find_checkpoint(Path(config.out_dir) / "stage1")
+            trainer = read_json(source / "trainer.json") if (source / "trainer.json").exists() else {}
+            if trainer.get("step", 0) < trainer.get("max_steps", 0):
+                raise ValueError(
+                    f"stage 1 is not finished: {source} is step {trainer['step']:,} of {trainer['max_steps']:,}; finish it with"
+                    f" --stage 1 --resume, or start from it as it is with --init_from {source}"
+                )
+        else:
+            return None, False
+        if config.stage == 2 and load_config(source).stage == 2:
+            raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
+        return source, False
+
+    def open_data():
+        """The data sets for training and, or None, for validation."""
+        if config.benchmark:
+            return SyntheticDataset(config.image_size, config.max_caption_tokens, config.reads_moments), None
+        kwargs = dict(size=config.image_size, with_captions=config.stage == 2,
+                      latents_of=config.diffusion_model if config.reads_moments else None)  # fmt: skip
+        validation = ImageTextDataset(config.val_data, **kwargs) if config.val_data else None
+        return ImageTextDataset(config.data, **kwargs), validation
+
+    lock, owner = together(lambda: own(run_dir) if is_main and not config.benchmark else (None, None))
+    source, resumes = together(find_source)
+    owner = together(lambda: owner or config.benchmark or (run_dir / ".lock").read_text())
+    if len(seen := set(gather((str(source), owner)))) > 1:
+        leave(f"error: {run_dir} must be on storage that all machines see, but the processes find different things there: {seen}")
+
+    # what no flag says, the checkpoint does
+    model_settings = {name: value for name, value in settings.items() if name in VLVConfig.__dataclass_fields__}
+    model_settings["stage"] = config.stage
+    if source:
+        saved = together(lambda: load_config(source))
+        config = dataclasses.replace(config, **dataclasses.asdict(saved) | model_settings)
+    opened = together(lambda: open_data() if is_local_main else None)  # who comes first on a machine builds the index
+    dataset, val_dataset = together(lambda: opened or open_data())
+
+    torch.manual_seed(config.seed)  # the same new weights on every process
+    if source:
+        model = together(lambda: VLV.from_pretrained(source, for_training=True, **model_settings))
+    else:
+        model = together(lambda: VLV(VLVConfig(**model_settings), for_training=True))
+
+    # --- precision, optimizer, and the state of a run that goes on -------------------------------------------------------
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -307,16 +273,29 @@ def main(argv=None):
     # that costs in memory, AdamW's two moments, is shared out among the processes (ZeRO's first stage).
     if world_size > 1:
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw)
+        for p in params:  # gradients live in DDP's buckets from the start: none is ever there twice
+            p.grad = torch.zeros((), device=device).expand_as(p)
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     else:
-        optimizer = torch.optim.AdamW(params, **adamw)
-    start = 0
-    if has_run:
-        trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_state_dict(trainer["optimizer"])
-        for state in getattr(optimizer, "optim", optimizer).state.values():
-            state["step"] = state["step"].to(device)  # ZeroRedundancyOptimizer leaves it on the host
-        start = trainer["step"]
-    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+        optimizer, ddp = torch.optim.AdamW(params, **adamw), model
+    about = dict(max_steps=config.max_steps, batch_size=config.batch_size, seed=config.seed, samples=len(dataset),
+                 fingerprint_of_data=dataset.fingerprint)  # fmt: skip
+    saver, start = Saver(run_dir, model, optimizer, about), 0
+
+    def restore():
+        """Brings the optimizer back; returns the step. Raises ValueError when this is not the run that was saved."""
+        trainer = read_json(source / "trainer.json")
+        for name in ("batch_size", "seed", "samples", "fingerprint_of_data"):
+            if trainer.get(name) != about[name] and not config.accept_changes:
+                raise ValueError(
+                    f"{run_dir} was started with {name} {trainer.get(name)}, and now it is {about[name]}: give it as it was, or"
+                    " add --accept_changes to go on with what is new"
+                )
+        saver.restore(source)
+        return trainer["step"]
+
+    if resumes:
+        start = together(restore)
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     warm_up = 2 if device.type == "cuda" else 1  # steps of a benchmark that are not measured
     if config.benchmark:
@@ -333,27 +312,10 @@ def main(argv=None):
     say(model.describe())
     say(f"  memory a process: {weights:.2f} GB of weights, {gradients:.2f} GB of gradients,"
         f" {2 * gradients / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if is_main and not config.benchmark:
-        (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        if (run_dir / "log.jsonl").exists():  # what came after the checkpoint comes again
-            lines = [line for line in open(run_dir / "log.jsonl") if line.endswith("\n")]
-            lines = [line for line in lines if json.loads(line)["step"] <= start]
-            (run_dir / "log.jsonl").write_text("".join(lines))
-
-    def log(**values):
-        if is_main:
-            with open(run_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def note_skipped(sentences):
-        for sentence in sentences:
-            with open(run_dir / "skipped.txt", "a") as file:
-                file.write(sentence + "\n")
-            tqdm.write(f"skipped: {sentence}")
-
+    journal = Journal(run_dir, start, is_main and not config.benchmark)
+    journal.write(Path.write_text, "settings.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if is_main:
-        note_skipped(dataset.broken_shards)
+        journal.skip(dataset.broken_shards)
 
     def over_ranks(values, op=dist.ReduceOp.SUM) -> list[float]:
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in values])
@@ -370,6 +332,8 @@ def main(argv=None):
         for at in range(0, len(mine), config.micro_batch_size):
             indices = mine[at : at + config.micro_batch_size]
             batch = collate([val_dataset[i] for i in indices])
+            if batch["unreadable"]:
+                continue
             with autocast():
                 loss = loss_of(model, batch, seeds_of(0, 0, indices), device)
             total, count = total + loss.item() * len(indices), count + len(indices)
@@ -382,32 +346,25 @@ def main(argv=None):
                 captions = [""] * len(images)
                 if config.stage == 2:
                     captions = model.caption_head.generate(prompt_embeds, max_new_tokens=config.max_caption_tokens)
-            panel([[image, drawn] for image, drawn in zip(images, redrawn)], captions).save(run_dir / f"step-{step:06d}.png")
+            picture = panel([[image, drawn] for image, drawn in zip(images, redrawn)], captions)
+            journal.write(lambda path: picture.save(path), f"step-{step:06d}.png")
         model.train()
-        return total / count
+        return total / count if count else None
 
-    def save(step) -> bool:
-        """Whether it could be saved; the last two are kept."""
-        if world_size > 1:
-            optimizer.consolidate_state_dict(to=0)
-        saved = True
-        if is_main:
-            try:
-                model.save_pretrained(run_dir / f"step-{step:06d}", {"optimizer": optimizer.state_dict(), "step": step})
-                for old in sorted(p for p in run_dir.glob("step-*") if p.is_dir())[:-2]:
-                    shutil.rmtree(old)
-            except OSError as error:
-                saved = False
-                say(f"error: step {step:,} is not saved: {error}; make room, the run goes on and tries again"
-                    f" {config.save_interval:,} steps from now")  # fmt: skip
-        return bool(over_ranks([saved], dist.ReduceOp.MIN)[0])
+    def end_save() -> bool:
+        """Waits until the checkpoint is whole; returns whether it is."""
+        problem = saver.end()
+        if problem:
+            say(f"error: step {saver.step:,} is not saved: {problem}; make room, the run goes on and tries again"
+                f" {config.save_interval:,} steps after it")  # fmt: skip
+        return problem is None
 
-    def leave(sentence):
+    def stop(sentence):
         bar.close()
-        if world_size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        sys.exit(sentence if is_main else 1)
+        if saver.thread is not None:
+            end_save()
+        saver.close()
+        leave(sentence)
 
     # --- the loop ------------------------------------------------------------------------------------------------------
     def places(micro_step):  # of this process's micro-batch in the step's global batch
@@ -419,25 +376,26 @@ def main(argv=None):
             indices = batch_indices(len(dataset), config.batch_size, config.seed, step)
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
-    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro_batches(), collate_fn=collate,
-                                              num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
+    if __name__ == "__main__":  # from here on there is something to save
+        listen_to_signals()
+    loader = start_workers(torch.utils.data.DataLoader(
+        dataset, batch_sampler=micro_batches(), collate_fn=collate, num_workers=config.num_workers,
+        pin_memory=device.type == "cuda"))  # fmt: skip
     losses, skipped, bad_steps, bad_in_a_row, waited, clock, last = [], 0, 0, 0, 0.0, time.perf_counter(), start
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=not is_main, unit_scale=True, mininterval=0.5)  # fmt: skip
-    if __name__ == "__main__":  # from here on there is something to save
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: SIGNALS.append(number))
     for step in range(start, config.max_steps):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_losses = []
+        step_losses, unreadable = [], None
         for micro_step in range(grad_accum_steps):
             before = time.perf_counter()
             batch = next(loader)
             waited += time.perf_counter() - before
             skipped += len(batch["skipped"])
-            note_skipped(batch["skipped"])
+            journal.skip(batch["skipped"])
+            unreadable = unreadable or batch["unreadable"]
             seeds = seeds_of(config.seed, step, places(micro_step))
             torch.manual_seed(seeds[0])  # dropout
             # under no_sync both the forward and the backward pass, or DDP would synchronize all the same
@@ -450,51 +408,66 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         # The one look at the device a step: every rank must decide alike.
         finite = torch.isfinite(torch.stack([grad_norm, *step_losses])).all()
-        bad, stopping = over_ranks([~finite, bool(SIGNALS)], dist.ReduceOp.MAX)
+        flags = [~finite, bool(SIGNALS), unreadable is not None, saver.is_writing]
+        bad, stopping, no_data, writing = over_ranks(flags, dist.ReduceOp.MAX)
+        if no_data:
+            stop("error: " + "; ".join(sorted({sentence for sentence in gather(unreadable) if sentence})))
         if bad:
             bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
         else:
             optimizer.step()
             losses, bad_in_a_row = losses + step_losses, 0
-        optimizer.zero_grad(set_to_none=True)
+        # with several processes the gradients stay where they are, in DDP's buckets
+        optimizer.zero_grad(set_to_none=world_size == 1)
         bar.update(config.batch_size)
 
         done, now = step + 1, time.perf_counter()
         finished = done == config.max_steps
+        reason = None
+        if stopping and not finished:
+            reason = f"stopped by {', '.join(sorted({name for names in gather(SIGNALS) for name in names}))} after step {done:,}"
         if config.benchmark:
             if done == warm_up:
                 clock, last = now, done
-                torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             continue
         if done % config.log_interval == 0 or finished:
             total, count, all_skipped = over_ranks([sum(losses), len(losses), skipped])
             loss = total / count if count else None
             rate, waiting = (done - last) * config.batch_size / (now - clock), waited / (now - clock)
             bar.set_postfix(loss=f"{loss or math.nan:.4f}", data=f"{waiting:.0%}")
-            log(step=done, loss=loss, lr=lr, grad_norm=grad_norm.item(), images_per_second=rate, waiting_for_data=waiting,
-                skipped=int(all_skipped), non_finite_steps=bad_steps)  # fmt: skip
+            grad_norm = grad_norm.item() if math.isfinite(grad_norm) else None
+            journal.log(step=done, loss=loss, lr=lr, grad_norm=grad_norm, images_per_second=rate, waiting_for_data=waiting,
+                        skipped=int(all_skipped), non_finite_steps=bad_steps)  # fmt: skip
             if done - start == 2 * config.log_interval:
                 takes = cost(config.max_steps * config.batch_size, rate, world_size, config)
                 say(f"{rate:,.1f} images/s, {waiting:.0%} of the time waiting for data, {peak_memory(device):.1f} GB at the peak;"
                     f" the {config.max_steps:,} steps take {takes}")  # fmt: skip
             losses, waited, clock, last = [], 0.0, now, done
-            if all_skipped > 10 + 0.01 * (done - start) * config.batch_size:
-                save(done)
-                leave(f"error: {int(all_skipped):,} of {(done - start) * config.batch_size:,} samples could not be read: see"
-                      f" {run_dir / 'skipped.txt'}, mend the data and add --resume")  # fmt: skip
+            seen = (done - start) * config.batch_size
+            if all_skipped > 10 + 0.01 * seen:
+                reason = (f"error: {int(all_skipped):,} of {seen:,} samples could not be read: see {run_dir / 'skipped.txt'} and"
+                          f" mend the data; stopped after step {done:,}")  # fmt: skip
         if bad_in_a_row == BAD_STEPS:
-            leave(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the last checkpoint"
+            stop(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the last checkpoint"
                   f" in {run_dir} is untouched by them: look at the data, or lower the learning rate")  # fmt: skip
         if val_dataset is not None and (done % config.eval_interval == 0 or finished):
             val_loss = evaluate(done)
-            log(step=done, val_loss=val_loss)
-            say(f"step {done:,}: validation loss {val_loss:.5f}")
-        if done % config.save_interval == 0 or finished or stopping:
-            saved = save(done)
-            if finished and not saved:
-                leave("error: the run is done, but its weights could not be saved; make room and add --resume")
-        if stopping and not finished:
-            leave(f"stopped by a signal after step {done:,}" + (", which is saved" if saved else "") + "; go on with --resume")
+            journal.log(step=done, val_loss=val_loss)
+            say(f"step {done:,}: validation loss {val_loss or math.nan:.5f}")
+        saves = done % config.save_interval == 0 or finished or reason is not None
+        before = time.perf_counter()
+        if saver.thread is not None and (saves or not writing):
+            end_save()
+        if saves:
+            saver.begin(done)
+            say(f"step {done:,} is being saved; training stood still for {time.perf_counter() - before:.2f} s")
+        if finished and not end_save():
+            stop("error: the run is done, but its weights could not be saved; make room and add --resume")
+        if reason:
+            saved = finished or end_save()
+            stop(f"{reason}, which is {'saved' if saved else 'not saved'}; go on with --resume")
         clock += time.perf_counter() - now  # what is not a step does not count
     bar.close()
     if config.benchmark:
@@ -506,15 +479,14 @@ def main(argv=None):
             f" {rate * flops / peak:.0%} of the measured matrix peak of {peak / 1e12:.3g} TFLOP/s | {memory:.1f} GB |"
             f" stage {config.stage} whole: {takes}")  # fmt: skip
     else:
-        say(f"done: {run_dir / f'step-{config.max_steps:06d}'}")
+        say(f"done: {find_checkpoint(run_dir)}")
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+    saver.close()
+    if lock:
+        lock.close()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        sys.exit("error: the GPU's memory is full: lower --micro_batch_size or add --gradient_checkpointing unet bart llm"
-                 f" ({error})")  # fmt: skip
+    run(main)

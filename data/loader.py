@@ -3,12 +3,13 @@ Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes th
 NAME.txt), by random access: any training step's batch can be fetched directly, so a run resumes at any step at once.
 """
 
+import hashlib
 import io
 import json
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from data.settings import Pixels, Settings, Text, parse_settings, printable
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 
@@ -26,6 +29,19 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.is_file())
 
 
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits, which Pillow would clip, as uint8. What white is the file does not say: it is the
+    least of 8, 12 and 16 bits that holds the brightest value, and 1 for fractions. Raises ValueError for other ranges."""
+    low, high = values.min(), values.max()
+    fractions = values.dtype.kind == "f" and high <= 1
+    white = next((w for w in ([1] if fractions else [255, 4095, 65535]) if high <= w), None)
+    if white is None or not low >= 0:
+        raise ValueError(f"its values go from {low:g} to {high:g}; 0 to 1, or 8, 12 or 16 bits are understood")
+    if white in (4095, 65535) and values.dtype.kind != "f":
+        return (values.astype(np.int64) >> (4 if white == 4095 else 8)).astype(np.uint8)
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
 def open_image(file, size: int | None = None) -> Image.Image:
     """Opens any picture as RGB: upright (EXIF), transparency on white, 16 bits scaled to 8, first frame of animations.
 
@@ -34,16 +50,20 @@ def open_image(file, size: int | None = None) -> Image.Image:
     """
     try:
         with Image.open(file) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
             if size:
                 image.draft("RGB", (size, size))
             image.load()
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits; Pillow would clip instead of scaling
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":
+                image = Image.fromarray(to_eight_bits(np.asarray(image)))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise OSError(error.strerror) from error
     except Image.DecompressionBombError:
         raise
     except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
@@ -64,12 +84,13 @@ def crop_image(image: Image.Image, size: int) -> torch.Tensor:
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """Items {"image": (3, size, size) uint8, "caption": str or None, "moments": (8, size / 8, size / 8) half or None,
-    "skipped": [sentence, ...]}.
+    "skipped": [sentence, ...], "unreadable": sentence or None}.
 
     folder: holds *.tar shards at any depth, or else images. with_captions: an image without one counts as broken.
     latents_of: the text-to-image model whose moments data/latents.py has computed ahead; None: no moments.
-    A sample that cannot be read is skipped for the next readable one, and named in that item's "skipped".
-    Raises ValueError when there is nothing to read.
+    A sample that cannot be read is skipped for the next readable one, and named in that item's "skipped"; where a thousand
+    in a row cannot, "unreadable" says so, and the image is black.
+    `fingerprint` is the same as long as the samples are. Raises ValueError when there is nothing to read.
     """
 
     def __init__(self, folder: str | Path, size: int, with_captions: bool = False, latents_of: str | None = None):
@@ -79,11 +100,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.shards = sorted(self.folder.rglob("*.tar"))
         self.files = [] if self.shards else find_images(self.folder)
         if self.shards:
-            self.index, self.broken_shards = load_index(self.folder, self.shards)
+            self.index, self.broken_shards, self.fingerprint = load_index(self.folder, self.shards)
+        else:
+            names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
+            self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
         if not len(self):
             recipe = self.folder / "prepare.py"
             mend = f"; fill it with: python {recipe}" if recipe.exists() else ""
             raise ValueError(f"data folder {folder} holds neither images nor tar shards{mend}")
+        texts = self.index[:, 3] if self.shards else (f.with_suffix(".txt").exists() for f in self.files)
+        if with_captions and not any(texts):
+            ending = "its shards hold no KEY.txt" if self.shards else "no image has a NAME.txt beside it"
+            raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {ending}")
         self.moments = open_latents(self, latents_of) if latents_of else None
 
     def __len__(self):
@@ -93,10 +121,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
         skipped = []
         for attempt in range(min(len(self), 1000)):
             try:
-                return {**self.read((i + attempt) % len(self)), "skipped": skipped}
+                return {**self.read((i + attempt) % len(self)), "skipped": skipped, "unreadable": None}
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 skipped.append(" ".join(str(error).split()))
-        raise RuntimeError(f"{len(skipped)} samples in a row cannot be read in {self.folder}; the last: {skipped[-1]}")
+        sentence = f"{len(skipped)} samples in a row cannot be read in {self.folder}; the last: {skipped[-1]}"
+        image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[0]))
+        return {"image": image, "caption": "", "moments": moments, "skipped": skipped, "unreadable": sentence}
 
     def read(self, i) -> dict:
         """Sample i itself. Raises OSError or ValueError, with its name, when it cannot be read."""
@@ -108,11 +139,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
                     os.pread(file.fileno(), *span)
                     for span in [(100, image_at - 512), (image_size, image_at), (text_size, text_at)]
                 )
-            name, source = f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}", io.BytesIO(data)
+            name = printable(f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}")
+            source = io.BytesIO(data)
             text = text.decode(errors="replace") if text_at else None
         else:
-            name = source = self.files[i]
-            text_file = name.with_suffix(".txt")
+            source, name = self.files[i], printable(self.files[i])
+            text_file = source.with_suffix(".txt")
             text = text_file.read_text(errors="replace") if self.with_captions and text_file.exists() else None
         if self.with_captions and not (text and text.strip()):
             raise ValueError(f"{name}: no caption")
@@ -121,6 +153,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise OSError(f"{name}: {error}") from error
         moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[i]))
+        if moments is not None and not moments.isfinite().all():
+            raise ValueError(f"{name}: it has no latents, as it could not be read when data/latents.py ran; run that again")
         return {"image": image, "caption": text.strip() if text else None, "moments": moments}
 
 
@@ -128,11 +162,13 @@ class SyntheticDataset(torch.utils.data.Dataset):
     """A random image with a caption of so many words, over and over; for benchmarks."""
 
     broken_shards: list[str] = []
+    fingerprint = "synthetic"
 
     def __init__(self, size: int, caption_words: int, with_moments: bool):
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
         moments = torch.randn(8, size // 8, size // 8) if with_moments else None
-        self.item = {"image": image, "caption": "a " * caption_words, "moments": moments, "skipped": []}
+        self.item = {"image": image, "caption": "a " * caption_words, "moments": moments, "skipped": [],
+                     "unreadable": None}  # fmt: skip
 
     def __len__(self):
         return 1_000_000
@@ -151,6 +187,8 @@ def tar_files(file, size: int):
             raise EOFError("its end is missing")
         if not any(header):  # an empty block ends the archive
             return
+        if at == 0 and header[:2] == b"\x1f\x8b":
+            raise ValueError("it is compressed: unpack it with gunzip, as samples are read from their places in it")
         if header[257:262] != b"ustar":
             raise ValueError(f"there is no tar header at byte {at:,}")
         kind, digits = header[156:157], header[124:136]
@@ -192,16 +230,16 @@ def index_shard(path: Path) -> tuple[np.ndarray, str | None]:
     return np.array([s for s in samples.values() if s[0]], dtype=np.int64).reshape(-1, 4), problem
 
 
-def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str]]:
+def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str], str]:
     """(n, 5) int64, memory-mapped: shard, image offset, image size, text offset, text size (0, 0 where there is no
-    text); and a sentence for each broken shard. Built once, by all cores, kept in `folder`, built again when a shard
-    has changed."""
+    text); a sentence for each broken shard; and a fingerprint of all that. Built once, by all cores, kept in `folder`, built
+    again when a shard has changed or the index is damaged."""
     array_file, stamp_file = folder / "index.bin", folder / "index.json"
     stamp = [[str(s.relative_to(folder)), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
     try:
         saved = json.loads(stamp_file.read_text())
-        if saved["shards"] == stamp:
-            return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), saved["broken"]
+        if saved["shards"] == stamp and fingerprint_of(array_file, stamp) == saved["fingerprint"]:
+            return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), saved["broken"], saved["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
         pass
     broken, temporary = [], f"{array_file}.{os.uname().nodename}.{os.getpid()}"
@@ -214,39 +252,49 @@ def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str]]
                 np.insert(spans, 0, number, axis=1).tofile(file)
                 broken += [problem] if problem else []
         if not os.path.getsize(temporary):
-            raise ValueError(f"data folder {folder} has {len(shards)} tar shards, but no images in them")
+            reason = f": {broken[0]}" if broken else ""
+            raise ValueError(f"data folder {folder} has {len(shards)} tar shards, but no images in them{reason}")
         os.replace(temporary, array_file)
-        Path(temporary).write_text(json.dumps({"shards": stamp, "broken": broken}))
+        fingerprint = fingerprint_of(array_file, stamp)
+        Path(temporary).write_text(json.dumps({"shards": stamp, "broken": broken, "fingerprint": fingerprint}))
         os.replace(temporary, stamp_file)
     except OSError as error:
         raise ValueError(f"cannot write the index of the data beside it, in {folder}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return load_index(folder, shards)
+    return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), broken, fingerprint
+
+
+def fingerprint_of(array_file: Path, stamp: list) -> str:
+    """Of the shards' names and sizes, and of every sample's place in them."""
+    with open(array_file, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps([shard[:2] for shard in stamp]).encode())
+    return digest.hexdigest()
 
 
 def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
-    """data/latents.py's (n, 8, size / 8, size / 8) half, memory-mapped. Raises ValueError when they are not these
-    images' or not all there."""
+    """data/latents.py's (n, 8, size / 8, size / 8) half, memory-mapped; NaN for what could not be read then. Raises
+    ValueError when they are not these images' or not all there."""
     folder = dataset.folder
     mend = f"compute them with: python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
     try:
         about = json.loads((folder / "latents.json").read_text())
         moments = np.load(folder / "latents.npy", mmap_mode="r")
         done = np.load(folder / "latents.done.npy", mmap_mode="r")
+        same = describe_latents(dataset, model) == about and len(moments) == len(done) == len(dataset)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no latents computed ahead ({error}); {mend}") from error
-    if about | describe_latents(dataset, model) != about:
+    if not same:
         raise ValueError(f"the latents in {folder} are of other images or another model; {mend}")
-    if not done.all():
+    if (done == 0).any():
         raise ValueError(f"the latents in {folder} are not finished; {mend}")
     return moments
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
     """What latents depend on; kept beside them."""
-    shards = [[str(s.relative_to(dataset.folder)), s.stat().st_size] for s in dataset.shards]
-    return {"diffusion_model": model, "image_size": dataset.size, "images": len(dataset), "shards": shards}
+    return {"diffusion_model": model, "image_size": dataset.size, "images": len(dataset), "data": dataset.fingerprint}
 
 
 @lru_cache(maxsize=1)
@@ -268,18 +316,30 @@ def seeds_of(seed: int, step: int, positions) -> list[int]:
 
 
 def collate(items: list[dict]) -> dict:
-    """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "skipped": [sentence]}"""
+    """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "skipped": [sentence],
+    "unreadable": sentence or None}"""
     with_moments = items[0]["moments"] is not None
     return {
         "moments": torch.stack([item["moments"] for item in items]) if with_moments else None,
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],
         "skipped": [sentence for item in items for sentence in item["skipped"]],
+        "unreadable": next((item["unreadable"] for item in items if item["unreadable"]), None),
     }
 
 
+@dataclass
+class SpeedConfig(Settings):
+    folder: Text
+    size: Pixels
+
+
 if __name__ == "__main__":  # python -m data.loader FOLDER SIZE: how many images a core reads, decodes and crops
-    dataset = ImageTextDataset(sys.argv[1], int(sys.argv[2]))
+    config = parse_settings(SpeedConfig, None, __doc__)
+    try:
+        dataset = ImageTextDataset(config.folder, config.size)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}")
     indices, start = batch_indices(len(dataset), min(2000, len(dataset)), seed=0, step=0), time.perf_counter()
     for i in indices:
         dataset[i]

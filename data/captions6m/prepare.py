@@ -9,12 +9,12 @@ into tar shards of 384-pixel JPEGs and their captions. See readme.md for sizes.
 Each parquet file becomes one shard. A killed run goes on where it was, by the same command.
 """
 
-import argparse
 import io
 import os
 import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.loader import open_image
+from data.settings import Pixels, Processes, Settings, parse_settings, same_as_before
 
 
 def shrink(data: bytes, size: int) -> bytes:
@@ -73,13 +74,16 @@ def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[s
     return count, problems
 
 
+@dataclass
+class PrepareConfig(Settings):
+    parquet: Path  # folder of parquet files
+    out: Path = HERE / "shards"
+    image_size: Pixels = 384
+    processes: Processes = os.cpu_count()
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parquet", type=Path, help="folder of parquet files")
-    parser.add_argument("--out", type=Path, default=HERE / "shards")
-    parser.add_argument("--image_size", type=int, default=384)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    args = parser.parse_args(argv)
+    args = parse_settings(PrepareConfig, argv, __doc__)
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -87,9 +91,9 @@ def main(argv=None):
     files = sorted(args.parquet.rglob("*.parquet"))
     if not files:
         sys.exit(f"error: there are no parquet files in {args.parquet}; the top of {__file__} tells how to get them")
-    args.out.mkdir(parents=True, exist_ok=True)
     total = left_out = 0
     try:
+        same_as_before(args.out / "settings.json", {"image_size": args.image_size}, "choose another --out")
         with ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file:
             jobs = pool.map(partial(convert, source=args.parquet, out=args.out, size=args.image_size), files)
             for count, problems in tqdm(jobs, total=len(files), unit=" files"):

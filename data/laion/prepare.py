@@ -9,12 +9,15 @@ METADATA is a folder of parquet files with the columns URL, TEXT, WIDTH, HEIGHT 
 where it was, by the same command.
 """
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data.settings import Count, Pixels, Processes, Settings, Text, parse_settings, same_as_before
+
 COLUMNS = ["URL", "TEXT", "WIDTH", "HEIGHT", "pwatermark"]
 
 
@@ -55,17 +58,20 @@ def filter_metadata(source: Path, files: list[Path], folder: Path, max_images: i
     return count
 
 
+@dataclass
+class PrepareConfig(Settings):
+    metadata: Path  # folder of LAION's parquet files
+    out: Path = HERE / "shards"
+    max_images: Count | None = None  # stop filtering there
+    image_size: Pixels = 384
+    processes: Processes = os.cpu_count()
+    threads: Processes = 64  # downloads at a time, in each process
+    images_per_shard: Count = 10_000
+    distributor: Text = "multiprocessing"  # or pyspark, to spread over machines
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("metadata", type=Path, help="folder of LAION's parquet files")
-    parser.add_argument("--out", type=Path, default=HERE / "shards")
-    parser.add_argument("--max_images", type=int, help="stop filtering there, in a new --out")
-    parser.add_argument("--image_size", type=int, default=384)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--threads", type=int, default=64, help="downloads at a time, in each process")
-    parser.add_argument("--images_per_shard", type=int, default=10_000)
-    parser.add_argument("--distributor", default="multiprocessing", help="or pyspark, to spread over machines")
-    args = parser.parse_args(argv)
+    args = parse_settings(PrepareConfig, argv, __doc__)
     try:
         import pyarrow  # noqa: F401
         from img2dataset import download
@@ -75,7 +81,9 @@ def main(argv=None):
     if not files:
         sys.exit(f"error: there are no parquet files in {args.metadata}; readme.md tells where LAION's metadata is")
     filtered = args.out.with_name(args.out.name + "-metadata")
+    made_with = dict(max_images=args.max_images, image_size=args.image_size, images_per_shard=args.images_per_shard)
     try:
+        same_as_before(args.out / "settings.json", made_with, "give it as it was, or choose another --out")
         count = filter_metadata(args.metadata, files, filtered, args.max_images)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -8,10 +8,10 @@ seen in them: an object counts as found where one is drawn, its colour, shape, s
 the true scene's, and its position in pixels. The first row measures the eye itself, on the original pictures.
 """
 
-import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from prepare import BACKGROUNDS, COLORS, PLACES, RESOLUTION, SHAPES, SIZES, SPLI
 from prepare import coverage, describe, describe_precisely, draw, scenes
 from tqdm import tqdm
 
+from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, parse_settings
 from sample import panel, quiet
 from vlv import VLV
 
@@ -141,19 +142,22 @@ def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
     return dict(psnr=float(np.mean(psnr)), **shares, offset=float(np.mean(offsets or [np.nan])), perfect=np.mean(perfect))
 
 
+@dataclass
+class EvaluateConfig(Settings):
+    ckpt: Text = str(HERE / "vlv")
+    images: Count = SPLITS["val"]  # of the validation scenes
+    num_inference_steps: Steps = 25
+    guidance_scale: Guidance = 2.0
+    num_beams: Beams = 4
+    batch_size: Count = 50
+    seed: Seed = 0
+    picture: Path | None = None  # write originals, redrawn from embedding and from caption, there
+    json: Path | None = None  # write the figures there, too
+
+
 @torch.inference_mode()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--ckpt", default=str(HERE / "vlv"))
-    parser.add_argument("--images", type=int, default=SPLITS["val"], help="of the validation scenes")
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_beams", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="write originals, redrawn from embedding and from caption, there")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    args = parser.parse_args()
+def main(argv=None):
+    args = parse_settings(EvaluateConfig, argv, __doc__)
     quiet()
     try:
         model = VLV.from_pretrained(args.ckpt)

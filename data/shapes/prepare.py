@@ -3,16 +3,18 @@ Draws the shapes world: small pictures of coloured shapes, and captions that say
 
     python data/shapes/prepare.py            # 30,000 training and 1,000 validation scenes, seconds
 
-writes data/shapes/{train,val}/00000.tar, ... with KEY.png, KEY.txt and KEY.json, as img2dataset writes them.
+writes data/shapes/{train,val}/00000.tar, ... with KEY.png, KEY.txt and KEY.json, as img2dataset writes them, and shards.json,
+which names them: a second call replaces what the first one wrote, and nothing else.
 Position and size vary continuously while the caption names only one of nine places and one of two sizes, so an
 image embedding can know more than the caption. No validation caption occurs in training. See readme.md.
 """
 
-import argparse
 import io
 import json
 import os
+import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data.settings import Count, Seed, Settings, parse_settings, read_json
+
 RESOLUTION = 32  # pixels; small enough to train on a laptop
 COLORS = {
     "red": (225, 35, 35),
@@ -128,23 +133,44 @@ def write_shard(path: Path, items) -> None:
     os.replace(temporary, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for train/ and val/")
-    parser.add_argument("--train", type=int, default=SPLITS["train"], help="number of training scenes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard_size", type=int, default=10_000, help="scenes a tar")
-    args = parser.parse_args()
+@dataclass
+class PrepareConfig(Settings):
+    out: Path = HERE  # for train/ and val/
+    train: Count = SPLITS["train"]  # scenes
+    seed: Seed = 0
+    shard_size: Count = 10_000  # scenes a tar
+
+
+def clear(folder: Path) -> None:
+    """Removes the shards that an earlier call wrote; fewer scenes would leave some of them among the new ones. Raises
+    ValueError where the folder holds other shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = read_json(folder / "shards.json")["shards"] if (folder / "shards.json").exists() else []
+    others = sorted({path.name for path in folder.glob("*.tar")} - set(ours))
+    if others:
+        raise ValueError(f"{folder} holds shards that this did not write, such as {others[0]}: move them, or choose another --out")
+    for name in ours:
+        (folder / name).unlink(missing_ok=True)
+
+
+def main(argv=None):
+    args = parse_settings(PrepareConfig, argv, __doc__)
     held_out = validation_captions(args.seed)
     for split, count in [("train", args.train), ("val", SPLITS["val"])]:
-        (args.out / split).mkdir(parents=True, exist_ok=True)
+        folder = args.out / split
+        shards = [f"{shard:05d}.tar" for shard in range(-(-count // args.shard_size))]
+        clear(folder)
+        (folder / "shards.json").write_text(json.dumps({"scenes": count, "seed": args.seed, "shards": shards}) + "\n")
         stream = scenes(split, count, args.seed, exclude=held_out if split == "train" else frozenset())
         stream = enumerate(tqdm(stream, total=count, desc=split, unit=" scenes"))
-        for shard in range(-(-count // args.shard_size)):
-            size = min(args.shard_size, count - shard * args.shard_size)
+        for number, name in enumerate(shards):
+            size = min(args.shard_size, count - number * args.shard_size)
             items = ((f"{i:09d}", scene) for i, scene in (next(stream) for _ in range(size)))
-            write_shard(args.out / split / f"{shard:05d}.tar", items)
+            write_shard(folder / name, items)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

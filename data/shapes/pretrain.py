@@ -14,10 +14,11 @@ captions, and the same with map references ("a small blue circle at k f size c")
 A finished part is skipped: delete its folder to make it again.
 """
 
-import argparse
 import json
 import math
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,9 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration, Flo
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data.settings import Count, Seed, Settings, parse_settings
+
 CONTEXT = 40  # CLIP positions: the longest text has 37 tokens
 
 
@@ -230,17 +234,20 @@ def save(path, *parts):
     print(f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 1e6:.1f} MB", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("--out", type=Path, default=HERE / "models")
-    parser.add_argument("--scenes", type=int, default=60_000)
-    parser.add_argument("--vae_steps", type=int, default=5000)
-    parser.add_argument("--sd_steps", type=int, default=3000)
-    parser.add_argument("--qwen_steps", type=int, default=800)
-    parser.add_argument("--region_steps", type=int, default=800)
-    parser.add_argument("--florence_steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+@dataclass
+class PretrainConfig(Settings):
+    out: Path = HERE / "models"
+    scenes: Count = 60_000
+    vae_steps: Count = 5000
+    sd_steps: Count = 3000
+    qwen_steps: Count = 800
+    region_steps: Count = 800
+    florence_steps: Count = 1200
+    seed: Seed = 1
+
+
+def main(argv=None):
+    args = parse_settings(PretrainConfig, argv, __doc__)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     drawn = scenes("pretrain", args.scenes, args.seed, exclude=validation_captions())

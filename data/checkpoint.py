@@ -1,0 +1,327 @@
+"""
+What a checkpoint is: a folder, complete or absent, with
+
+    config.json                                what the model is made of
+    model.safetensors                          the learned weights; of several processes model-00001-of-00008.safetensors, ...
+    trainer.json, optimizer.safetensors        for a run that goes on: the step, and AdamW's state by the parameters' names
+
+A run keeps the last two of them as step-000100, step-000200, ... beside `saving` (the next one, not whole yet), `removing`
+(an old one) and .lock.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data.processes import gather, join_processes, prepare_device, run, together
+from data.settings import Settings, parse_settings
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_config(folder: Path, config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    sync(folder / "config.json")
+    sync(folder)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
+    """A safetensors file, on the disk when this returns. Raises OSError when it cannot be written, ValueError when there is
+    an infinity or a NaN to be written."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    try:
+        save_file(tensors, file, {"format": "pt", "config": json.dumps(dataclasses.asdict(config))})
+        sync(file)
+    except (OSError, SafetensorError) as error:  # a full disk, in the words of two libraries
+        raise OSError(f"cannot write {file}: {' '.join(str(error).split())}") from error
+
+
+def open_tensors(folder: Path, kind: str):
+    """Yields (path, open safetensors file) of each of a checkpoint's files of a kind, model or optimizer. Raises OSError
+    when one cannot be read."""
+    files = sorted(folder.glob(f"{kind}*.safetensors"))
+    if not files:
+        raise OSError(f"the checkpoint {folder} has no {kind}.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                yield file, tensors
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{file} cannot be read: {error}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, from the oldest to the newest."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / "config.json").exists()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """`folder` itself when it is a checkpoint, else the newest of its own, else the newest of its runs' (stage1, ...).
+    Raises OSError."""
+    if not str(folder):
+        raise OSError("an empty name is no checkpoint folder")
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.vlv-old")  # save_pretrained died between its two renames
+    for candidate in [folder, *checkpoints(folder)[::-1], old]:
+        if (candidate / "config.json").exists():
+            return candidate
+    below = [found for run in folder.glob("*/") for found in checkpoints(run)[-1:]]
+    if below:
+        return max(below, key=lambda p: (p / "config.json").stat().st_mtime)
+    raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, or name another folder")
+
+
+def own(run_dir: Path) -> tuple:
+    """Makes this process the one writer of a run's folder, for as long as it lives and keeps the file that this returns
+    open (POSIX: nor may it open that file again), and removes what writers left that were killed. Returns the file
+    and its text. Raises ValueError when another writer is alive."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        owner = lock.read() or "one that has just started"
+        raise ValueError(f"{run_dir} belongs to another run, {owner}: wait for its end, or choose another --out_dir")
+    except OSError as error:  # a file system without locks
+        tqdm.write(f"{run_dir} cannot be locked here ({error}): take care that no second run writes into it")
+    lock.truncate(0)
+    owner = f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}"
+    lock.write(owner)
+    lock.flush()
+    os.fsync(lock.fileno())
+    for leftover in ("saving", "removing"):
+        shutil.rmtree(run_dir / leftover, ignore_errors=True)
+    return lock, owner
+
+
+class Saver:
+    """Writes a run's checkpoints while the run goes on. Each process copies its share to the host, which is all that training
+    waits for, and writes it in a thread; when all are done the folder gets its name.
+
+    The weights are shared out by size; the optimizer's state is written by the process that holds it, under the names of
+    the parameters. So nothing is gathered, and any number of processes can go on from it.
+    """
+
+    def __init__(self, run_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, about: dict):
+        self.run_dir, self.folder, self.model, self.about = run_dir, run_dir / "saving", model, about
+        self.optimizer = getattr(optimizer, "optim", optimizer)  # of ZeroRedundancyOptimizer, this process's share
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.part = f"-{self.rank + 1:05d}-of-{self.world_size:05d}" if self.world_size > 1 else ""
+        self.step = self.thread = self.problem = self.removal = None
+
+    def restore(self, folder: Path) -> None:
+        """Reads this process's share of the optimizer's state, and no other. Raises ValueError when it is not there."""
+        mine = {self.names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
+        found = set()
+        for _, tensors in open_tensors(folder, "optimizer"):
+            for key in tensors.keys():
+                name, _, kind = key.rpartition(".")
+                found.add(name)
+                if name in mine:  # copied, as the file must not stay mapped
+                    self.optimizer.state[mine[name]][kind] = tensors.get_tensor(key).to(mine[name].device, copy=True)
+        missing = set(mine) - found
+        if found and missing:
+            raise ValueError(f"{folder} was trained with other parts: it has no optimizer state of {min(missing)}")
+
+    def begin(self, step: int) -> None:
+        """Copies what is to be saved; a thread writes it."""
+        weights = self.model.learned_state()
+        mine = sorted(weights, key=lambda name: -weights[name].numel())[self.rank :: self.world_size]
+        state = {f"{self.names[p]}.{kind}": v for p, values in self.optimizer.state.items() for kind, v in values.items()}
+        copies = []
+        for tensors in ({name: weights[name] for name in mine}, state):
+            # from a GPU into pinned memory, at the bus's full speed
+            copy = partial(torch.Tensor.to, device="cpu", copy=True, non_blocking=True, memory_format=torch.contiguous_format)
+            copies.append({name: copy(tensor.detach()) for name, tensor in tensors.items()})
+        if any(p.is_cuda for p in self.names):
+            torch.cuda.synchronize()
+        self.step, self.problem = step, "the thread that writes has died"
+        self.thread = threading.Thread(target=self.write, args=(step, *copies), daemon=True)
+        self.thread.start()
+
+    def write(self, step: int, weights: dict, state: dict) -> None:
+        """Writes this process's share of the folder; notes in `problem` why that failed, or None."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_tensors(self.folder / f"model{self.part}.safetensors", weights, self.model.config)
+            write_tensors(self.folder / f"optimizer{self.part}.safetensors", state, self.model.config)
+            if self.rank == 0:
+                (self.folder / "trainer.json").write_text(json.dumps({"step": step} | self.about, indent=2) + "\n")
+                sync(self.folder / "trainer.json")
+                write_config(self.folder, self.model.config)
+            sync(self.folder)
+            self.problem = None
+        except (OSError, ValueError) as error:
+            self.problem = str(error)
+
+    @property
+    def is_writing(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def end(self) -> str | None:
+        """Waits for every process's thread and names the folder; the last two checkpoints are kept. Returns why it could
+        not be saved, or None."""
+        self.thread.join()
+        self.thread = None
+        problems = [p for p in gather(self.problem) if p]
+        if self.rank == 0:
+            try:
+                if not problems:
+                    os.rename(self.folder, self.run_dir / f"step-{self.step:06d}")
+                    sync(self.run_dir)
+            except OSError as error:
+                problems = [str(error)]
+            if problems:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                self.prune()
+        return (gather(problems)[0] or [None])[0]
+
+    def prune(self) -> None:
+        """Removes all checkpoints before the last two, in a thread: that takes long on some disks. What cannot be removed
+        stays, and fails nothing."""
+        self.close()
+        old = [p for p in checkpoints(self.run_dir) if int(p.name[5:]) < self.step][:-1]
+        self.removal = threading.Thread(target=remove, args=(old, self.run_dir / "removing"), daemon=True)
+        self.removal.start()
+
+    def close(self) -> None:
+        """Waits until old checkpoints are removed."""
+        if self.removal is not None:
+            self.removal.join()
+
+
+class Journal:
+    """The files beside a run's checkpoints, which it can do without: where one cannot be written, the run says so and goes
+    on. What log.jsonl says of steps after `start`, from where the run goes on, is taken out, as it comes again."""
+
+    def __init__(self, run_dir: Path, start: int, writes_log: bool):
+        self.run_dir, self.writes_log = run_dir, writes_log
+        self.write(partial(cut_log, start=start), "log.jsonl")
+
+    def write(self, function, name: str, *args) -> None:
+        """function(RUN_DIR/NAME, *args), on the process that keeps the log."""
+        if self.writes_log:
+            self.attempt(function, name, *args)
+
+    def attempt(self, function, name: str, *args) -> None:
+        try:
+            function(self.run_dir / name, *args)
+        except OSError as error:
+            tqdm.write(f"error: {self.run_dir / name} is not written: {error.strerror or error}")
+
+    def log(self, **values) -> None:
+        self.write(append, "log.jsonl", json.dumps(values))
+
+    def skip(self, sentences: list[str]) -> None:
+        """Notes samples that could not be read, of whatever process."""
+        for sentence in sentences:
+            self.attempt(append, "skipped.txt", sentence)
+            tqdm.write(f"skipped: {sentence}")
+
+
+def append(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+
+
+def cut_log(path: Path, start: int) -> None:
+    """Leaves only the lines of steps up to `start`; the file as it is, where that fails."""
+    def belongs(line):
+        try:
+            return json.loads(line)["step"] <= start
+        except (ValueError, KeyError, TypeError):  # half a line, written as the disk was full
+            return False
+
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if belongs(line)]
+    if kept == lines:
+        return
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        unfinished.write_text("".join(kept))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove(folders: list[Path], removing: Path) -> None:
+    """Removes folders under the name `removing`, so that no half of one counts as a checkpoint."""
+    for folder in folders:
+        try:
+            os.rename(folder, removing)
+            shutil.rmtree(removing)
+        except OSError as error:
+            tqdm.write(f"the old checkpoint {folder} is not removed: {error}")
+
+
+@dataclass
+class SpeedConfig(Settings):
+    folder: Path
+    gigabytes: Annotated[float, "> 0", "<= 1000"]  # of float32 weights that learn; AdamW's state is twice that
+
+
+class Weights(torch.nn.Module):
+    """So many gigabytes of weights, in matrices as a language model has them."""
+
+    def __init__(self, config: SpeedConfig):
+        super().__init__()
+        shape, self.config = (2048, 11_008), config
+        count = max(1, round(config.gigabytes * 1e9 / (4 * shape[0] * shape[1])))
+        self.layers = torch.nn.ParameterList(torch.ones(shape) for _ in range(count))
+
+    def learned_state(self) -> dict[str, torch.Tensor]:
+        return self.state_dict()
+
+
+def measure() -> None:
+    """Saves a large state as a run does, and says how long training would have stood still."""
+    config = parse_settings(SpeedConfig, None, "torchrun --nproc_per_node=8 -m data.checkpoint FOLDER GIGABYTES")
+    device = prepare_device("auto")
+    if "RANK" in os.environ:
+        join_processes("nccl" if device.type == "cuda" else "gloo")
+    model = Weights(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = Saver(config.folder, model, optimizer, {})
+    for p in list(model.parameters())[saver.rank :: saver.world_size]:  # as ZeroRedundancyOptimizer shares it out
+        optimizer.state[p] = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+    lock, _ = together(lambda: own(config.folder) if saver.rank == 0 else (None, None))
+    for step in (1, 2):  # the first allocates what the others use again
+        start = time.perf_counter()
+        saver.begin(step)
+        copied = time.perf_counter()
+        problem = saver.end()
+        if saver.rank == 0:
+            print(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes: training stands still for {copied - start:.2f} s, and"
+                  f" {time.perf_counter() - start:.1f} s later it is on the disk" if not problem else f"error: {problem}")  # fmt: skip
+    saver.close()
+
+
+if __name__ == "__main__":
+    run(measure)

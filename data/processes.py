@@ -1,0 +1,175 @@
+"""
+The processes of a run: how they join, agree, ask each other, and leave. One process is a run, too.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+PARENT = os.getppid()  # torchrun, where it started this process
+SIGNALS = []  # what asked this process to save and leave
+ASKS_TO_LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def prepare_device(device: str) -> torch.device:
+    """This process's device, of cuda, cpu or auto (cuda where there is a GPU for each process, else cpu). Raises ValueError
+    when it is not there."""
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if device == "cpu" or device == "auto" and gpus < local_world_size:
+        if local_world_size > 1:  # processes that each take every core slow each other down tenfold
+            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
+        return torch.device("cpu")
+    if local_world_size > gpus:
+        where = "no CUDA GPU is here" if not gpus else f"{local_world_size} processes were started, but {gpus} GPUs are here"
+        raise ValueError(f"{where}: start with --nproc_per_node={max(1, gpus)} where there are GPUs, or add --device cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join_processes(backend: str) -> None:
+    """Makes the process group of all that torchrun started, and waits for them."""
+    # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes under
+    # its own number. (Machines count attempts apart; for several the README has another way.)
+    hour = timedelta(hours=1)  # one process may be indexing a new data folder
+    store, rank, world_size = next(rendezvous("env://", timeout=hour))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
+    dist.barrier()
+    watch_torchrun()
+
+
+def watch_torchrun() -> None:
+    """Has this process save and leave when torchrun is gone (killed, or out of memory): nobody else would end it, and it
+    would go on holding its GPU. Where it waits in vain for the others, it dies."""
+
+    def watch():
+        while os.getppid() == PARENT:
+            time.sleep(1)
+        SIGNALS.append("the end of torchrun")
+        time.sleep(120)
+        os.write(2, b"error: torchrun is gone, and the other processes do not answer; go on with --resume\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def gather(value) -> list:
+    """Every process's value, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(task):
+    """task() on every process. Where it fails on any, all leave, and each reason is said once."""
+    result = problem = None
+    try:
+        result = task()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = sorted({p for p in gather(problem) if p})
+    if problems:
+        leave(f"error: {'; '.join(problems)}")
+    return result
+
+
+def leave(sentence):
+    """Ends the program for a reason that a restart does not mend, so torchrun is told not to try one."""
+    is_local_main = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not dist.is_initialized() and not is_local_main:
+        time.sleep(60)  # the first process of this machine finds the same, and says so; then torchrun ends this one
+    if is_local_main and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.getppid() == PARENT:
+        for number in ASKS_TO_LEAVE:
+            signal.signal(number, signal.SIG_IGN)
+        os.kill(PARENT, signal.SIGTERM)
+    says = dist.get_rank() == 0 if dist.is_initialized() else is_local_main
+    sys.exit(str(sentence) if says else 1)
+
+
+def listen_to_signals() -> None:
+    """From now on a signal to leave is noted in SIGNALS."""
+    for number in ASKS_TO_LEAVE:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, frame: SIGNALS.append("a signal"))
+
+
+def start_workers(loader: torch.utils.data.DataLoader):
+    """The loader's iterator. torchrun, terminals and clusters signal its processes, too, when they ask a run to leave; these
+    are deaf to that, as the step that is under way needs them, and end with the run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_LEAVE)  # which a child inherits
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS_TO_LEAVE)
+        atexit.register(end_workers)
+
+
+def end_workers() -> None:
+    """Python would ask them to leave, too, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def run(main) -> None:
+    """Runs a program that other processes take part in, and ends this one. At once: where another was killed, Python's way
+    of ending waits for it for ever."""
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    code = 0
+    try:
+        try:
+            main()
+        except torch.OutOfMemoryError as error:
+            leave("error: the GPU's memory is full: lower the (micro-)batch size; train.py also has --gradient_checkpointing"
+                  f" unet bart llm ({error})")  # fmt: skip
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except KeyboardInterrupt:
+        print("stopped before there was anything to save", file=sys.stderr)
+        code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    end_workers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+class Unbreakable:
+    """A stream whose errors do not end a run: a log on a full disk, a closed pipe."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return 0
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            pass
