@@ -29,9 +29,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from data.checkpoint import find_checkpoint, lock
 from data.loader import crop_image, find_images, open_image
 from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, Whole, parse_settings, printable
-from vlv import VLV, find_checkpoint
+from vlv import VLV
 
 HERE = Path(__file__).parent
 BUNDLED = HERE / "data" / "shapes" / "vlv"
@@ -89,79 +90,90 @@ def choose_checkpoint(ckpt: str | None) -> Path:
     return find_checkpoint(ckpt)
 
 
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a picture that Results drew, and not another one of its name."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == "vlv"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 class Results:
     """What is in the folder --out: captions.jsonl, a line {"image", "caption", "picture"} for each image, and the pictures
     that it names. Nothing else there is touched. Raises ValueError for a captions.jsonl of another program, OSError when
     something cannot be written."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        self.lock, _ = lock(folder)  # two calls at a time would each take the other's lines away
         self.folder, self.path, self.records = folder, folder / "captions.jsonl", {}
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
-        for line in lines:
+        # "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
+        self.text = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
+        for line in open(self.path, **self.text) if self.path.exists() else []:
             try:
                 record = json.loads(line)
-                self.records[record["image"]] = {key: record[key] for key in ("image", "caption", "picture")}
-            except (ValueError, KeyError, TypeError):
+                self.records[str(record["image"])] = {key: record.get(key) for key in ("image", "caption", "picture")}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 if line.endswith("\n"):  # else a call was killed while it wrote
                     raise ValueError(f"{self.path} was not written by this program: choose another --out") from None
+        self.pictures = {str(record["picture"]) for record in self.records.values()}
         self.write_all()
-        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # JSON's own escape of a wrong byte
-
-    def draws(self, path: Path) -> bool:
-        """Whether a file is a picture that add() drew, and not another one of that name."""
-        try:
-            with Image.open(path) as image:
-                return image.info.get("Software") == "vlv"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return False
-
-    def pictures(self) -> set[Path]:
-        names = [record["picture"] for record in self.records.values() if record["picture"]]
-        return {(self.folder / name).resolve() for name in names if self.draws(self.folder / name)}
+        self.file = open(self.path, "a", **self.text)
 
     def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str) -> None:
-        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where there is another
-        file of that name."""
+        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where that is another's."""
         before = self.records.pop(image, {"picture": None})["picture"]
-        if before is not None and not self.draws(self.folder / before):
-            before = None
-        name = None
+        self.pictures.discard(before)
+        name, number = f"{stem}.png", 1
+        if before is not None and is_drawn(self.folder / before):
+            name = before
+        while name in self.pictures or os.path.lexists(self.folder / name) and not is_drawn(self.folder / name):
+            number += 1
+            name = f"{stem}-{number}.png"
         if picture is not None:
-            name, number = before or f"{stem}.png", 1
-            while name != before and os.path.lexists(self.folder / name):
-                number += 1
-                name = f"{stem}-{number}.png"
-            mark, unfinished = PngInfo(), self.folder / f".{name}.unfinished"
+            mark = PngInfo()
             mark.add_text("Software", "vlv")
-            picture.save(unfinished, "png", pnginfo=mark)
-            os.replace(unfinished, self.folder / name)
-        elif before is not None:
-            (self.folder / before).unlink()
-        self.records[image] = {"image": image, "caption": caption, "picture": name}
+            write_whole(self.folder / name, lambda path: picture.save(path, "png", pnginfo=mark))
+            self.pictures.add(name)
+        elif name == before:
+            (self.folder / name).unlink(missing_ok=True)  # it shows another caption
+        self.records[image] = {"image": image, "caption": caption, "picture": name if picture is not None else None}
         self.file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
         self.file.flush()
 
     def write_all(self) -> None:
         """One line an image: what add() has replaced goes."""
-        if self.records:
-            unfinished = self.folder / ".captions.jsonl.unfinished"
-            with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values())
-            os.replace(unfinished, self.path)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values()]
+        if lines:
+            write_whole(self.path, lambda path: path.write_text("".join(lines), **self.text))
+
+    def close(self) -> None:
+        (self.folder / ".lock").unlink(missing_ok=True)
+        self.lock.close()
 
 
-def collect(names: tuple[str, ...], but: set[Path]) -> tuple[list[Path], list[str]]:
-    """The image files that files and folders stand for, without those in `but` (which this program drew), and a sentence
+def write_whole(path: Path, write) -> None:
+    """write(path), so that the file is whole or as it was."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def collect(names: tuple[str, ...], results: Results) -> tuple[list[Path], list[str]]:
+    """The image files that files and folders stand for, but not what this program drew into such a folder; and a sentence
     for each that stands for none."""
-    paths, problems = [], []
+    paths, problems, drawn = [], [], {results.folder.resolve() / name for name in results.pictures}
     for name in map(Path, names):
-        found = [name]
         if name.is_dir():
-            found = [path for path in find_images(name) if path.resolve() not in but]
+            found = [path for path in find_images(name) if not (path.resolve() in drawn and is_drawn(path))]
             problems += [] if found else [f"{name}: the folder holds no images"]
-        elif not name.exists():
-            found, problems = [], problems + [f"{name}: there is no such file"]
+        elif name.exists():
+            found = [name]
+        else:
+            found, problems = [], [*problems, f"{name}: there is no such file"]
         paths += found
     return paths, problems
 
@@ -170,7 +182,7 @@ def collect(names: tuple[str, ...], but: set[Path]) -> tuple[list[Path], list[st
 def main(argv=None) -> int:
     args = parse_settings(SampleConfig, argv, __doc__)
     quiet()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", None
     try:
         if args.mix and args.images:
             raise ValueError("--mix names its two images itself: leave the others out")
@@ -178,7 +190,7 @@ def main(argv=None) -> int:
             raise ValueError("--split needs --mix A B")
         folder = choose_checkpoint(args.ckpt)
         results = Results(args.out)
-        paths, problems = collect(args.mix or args.images or (str(BUNDLED_PICTURE),), results.pictures())
+        paths, problems = collect(args.mix or args.images or (str(BUNDLED_PICTURE),), results)
         if args.mix and (problems or not all(Path(name).is_file() for name in args.mix)):
             raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
         model = VLV.from_pretrained(folder).to(device)
@@ -189,6 +201,8 @@ def main(argv=None) -> int:
         if split > config.num_queries:
             raise ValueError(f"split is {split}, but the checkpoint has {config.num_queries} queries: choose 0 to that")
     except (ValueError, OSError) as error:
+        if results:
+            results.close()
         sys.exit(f"error: {printable(error)}")
     knows = "redraws images, and captions them" if config.stage == 2 else "redraws images; stage 2 would teach it captions"
     toy = "; the bundled toy knows nothing but small coloured shapes" if folder == BUNDLED else ""
@@ -235,6 +249,8 @@ def main(argv=None) -> int:
         if isinstance(error, BrokenPipeError):
             raise
         problems.append(f"cannot write into {args.out}: {error.strerror or error}; {written:,} results are kept there")
+    finally:
+        results.close()
     if written:
         what = "captions.jsonl is" if args.captions_only else "pictures and captions.jsonl are"
         print(f"{what} in {args.out}/", file=sys.stderr)

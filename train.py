@@ -101,9 +101,13 @@ def read_settings(argv) -> dict:
     if "config" in flags:
         path = flags.pop("config")
         settings = read_json(path)
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
         stages = {key: settings.pop(key, {}) for key in ("stage1", "stage2")}
-        for values in (settings, *stages.values()):
-            check_names(values, [f.name for f in dataclasses.fields(TrainConfig)], path)
+        check_names(settings, names, path)
+        for key, values in stages.items():
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}: {key} is {values!r}, but must be an object: {{...}}")
+            check_names(values, [name for name in names if name != "stage"], f"{path}, {key}")
         settings |= stages.get(f"stage{flags.get('stage', settings.get('stage', 1))}", {})
     return settings | flags
 
@@ -284,6 +288,8 @@ def main(argv=None):
 
     def restore():
         """Brings the optimizer back; returns the step. Raises ValueError when this is not the run that was saved."""
+        if not (source / "trainer.json").exists():
+            raise ValueError(f"{source} cannot be continued, as it has no trainer.json: choose another --out_dir and --init_from {source}")
         trainer = read_json(source / "trainer.json")
         for name in ("batch_size", "seed", "samples", "fingerprint_of_data"):
             if trainer.get(name) != about[name] and not config.accept_changes:
@@ -355,8 +361,7 @@ def main(argv=None):
         """Waits until the checkpoint is whole; returns whether it is."""
         problem = saver.end()
         if problem:
-            say(f"error: step {saver.step:,} is not saved: {problem}; make room, the run goes on and tries again"
-                f" {config.save_interval:,} steps after it")  # fmt: skip
+            say(f"error: step {saver.step:,} is not saved: {problem}; the next try is {config.save_interval:,} steps after it")
         return problem is None
 
     def stop(sentence):
@@ -376,7 +381,7 @@ def main(argv=None):
             indices = batch_indices(len(dataset), config.batch_size, config.seed, step)
             yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
 
-    if __name__ == "__main__":  # from here on there is something to save
+    if __name__ == "__main__" and not config.benchmark:  # from here on there is something to save
         listen_to_signals()
     loader = start_workers(torch.utils.data.DataLoader(
         dataset, batch_sampler=micro_batches(), collate_fn=collate, num_workers=config.num_workers,
@@ -464,7 +469,7 @@ def main(argv=None):
             saver.begin(done)
             say(f"step {done:,} is being saved; training stood still for {time.perf_counter() - before:.2f} s")
         if finished and not end_save():
-            stop("error: the run is done, but its weights could not be saved; make room and add --resume")
+            stop("error: the run is done, but its weights could not be saved; mend that and add --resume")
         if reason:
             saved = finished or end_save()
             stop(f"{reason}, which is {'saved' if saved else 'not saved'}; go on with --resume")

@@ -196,8 +196,9 @@ class Encoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (B, 3, S, S) uint8, in [0, 255]. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space. Raises
         ValueError for anything else: floats in [0, 1] would pass for black pictures."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1:] != (3, *images.shape[-1:] * 2):
-            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, but must be (B, 3, S, S) torch.uint8, RGB in [0, 255]")
+        is_batch = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3] and 0 not in images.shape
+        if not is_batch or images.dtype != torch.uint8:
+            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, but must be (B, 3, S, S) torch.uint8 in [0, 255]")
         batch_size, dtype = len(images), self.davit["projector"].image_projection.weight.dtype
         with torch.no_grad(), own_precision(images):
             features = self.davit["tower"](self.preprocess(images).to(dtype)).last_hidden_state

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.processes import gather, join_processes, prepare_device, run, together
-from data.settings import Settings, parse_settings
+from data.settings import Settings, Text, parse_settings
 
 
 def sync(path: Path) -> None:
@@ -95,28 +95,34 @@ def find_checkpoint(folder: str | Path) -> Path:
     raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, or name another folder")
 
 
-def own(run_dir: Path) -> tuple:
-    """Makes this process the one writer of a run's folder, for as long as it lives and keeps the file that this returns
-    open (POSIX: nor may it open that file again), and removes what writers left that were killed. Returns the file
-    and its text. Raises ValueError when another writer is alive."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "a+")
+def lock(folder: Path) -> tuple:
+    """Makes this process the one writer of a folder, for as long as it lives and keeps the file that this returns open (and,
+    as POSIX has it, opens it no second time). Returns the file and its text. Raises ValueError when another writer is
+    alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        owner = lock.read() or "one that has just started"
-        raise ValueError(f"{run_dir} belongs to another run, {owner}: wait for its end, or choose another --out_dir")
+        file.seek(0)
+        owner = file.read() or "one that has just started"
+        raise ValueError(f"{folder} belongs to another run, {owner}: wait for its end, or choose another folder") from None
     except OSError as error:  # a file system without locks
-        tqdm.write(f"{run_dir} cannot be locked here ({error}): take care that no second run writes into it")
-    lock.truncate(0)
+        tqdm.write(f"{folder} cannot be locked ({error}): take care that no second run writes into it")
     owner = f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}"
-    lock.write(owner)
-    lock.flush()
-    os.fsync(lock.fileno())
+    file.truncate(0)
+    file.write(owner)
+    file.flush()
+    os.fsync(file.fileno())
+    return file, owner
+
+
+def own(run_dir: Path) -> tuple:
+    """lock, and nothing is left there of writers that were killed."""
+    locked = lock(run_dir)
     for leftover in ("saving", "removing"):
         shutil.rmtree(run_dir / leftover, ignore_errors=True)
-    return lock, owner
+    return locked
 
 
 class Saver:
@@ -152,13 +158,14 @@ class Saver:
     def begin(self, step: int) -> None:
         """Copies what is to be saved; a thread writes it."""
         weights = self.model.learned_state()
-        mine = sorted(weights, key=lambda name: -weights[name].numel())[self.rank :: self.world_size]
+        shares = [[] for _ in range(self.world_size)]  # the largest first, each to whom has least
+        sizes = [0] * self.world_size
+        for name in sorted(weights, key=lambda name: -weights[name].numel()):
+            least = sizes.index(min(sizes))
+            shares[least].append(name)
+            sizes[least] += weights[name].numel()
         state = {f"{self.names[p]}.{kind}": v for p, values in self.optimizer.state.items() for kind, v in values.items()}
-        copies = []
-        for tensors in ({name: weights[name] for name in mine}, state):
-            # from a GPU into pinned memory, at the bus's full speed
-            copy = partial(torch.Tensor.to, device="cpu", copy=True, non_blocking=True, memory_format=torch.contiguous_format)
-            copies.append({name: copy(tensor.detach()) for name, tensor in tensors.items()})
+        copies = copy_to_host({name: weights[name] for name in shares[self.rank]}), copy_to_host(state)
         if any(p.is_cuda for p in self.names):
             torch.cuda.synchronize()
         self.step, self.problem = step, "the thread that writes has died"
@@ -215,6 +222,13 @@ class Saver:
         """Waits until old checkpoints are removed."""
         if self.removal is not None:
             self.removal.join()
+
+
+def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies; those of a GPU's tensors in pinned memory, at the bus's full speed, and complete after the next
+    torch.cuda.synchronize()."""
+    how = dict(device="cpu", copy=True, non_blocking=True, memory_format=torch.contiguous_format)
+    return {name: tensor.detach().to(**how) for name, tensor in tensors.items()}
 
 
 class Journal:
@@ -283,7 +297,7 @@ def remove(folders: list[Path], removing: Path) -> None:
 
 @dataclass
 class SpeedConfig(Settings):
-    folder: Path
+    folder: Text
     gigabytes: Annotated[float, "> 0", "<= 1000"]  # of float32 weights that learn; AdamW's state is twice that
 
 
@@ -308,10 +322,10 @@ def measure() -> None:
         join_processes("nccl" if device.type == "cuda" else "gloo")
     model = Weights(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    saver = Saver(config.folder, model, optimizer, {})
+    saver = Saver(Path(config.folder), model, optimizer, {})
     for p in list(model.parameters())[saver.rank :: saver.world_size]:  # as ZeroRedundancyOptimizer shares it out
         optimizer.state[p] = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
-    lock, _ = together(lambda: own(config.folder) if saver.rank == 0 else (None, None))
+    owned = together(lambda: own(saver.run_dir) if saver.rank == 0 else None)
     for step in (1, 2):  # the first allocates what the others use again
         start = time.perf_counter()
         saver.begin(step)
@@ -321,6 +335,8 @@ def measure() -> None:
             print(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes: training stands still for {copied - start:.2f} s, and"
                   f" {time.perf_counter() - start:.1f} s later it is on the disk" if not problem else f"error: {problem}")  # fmt: skip
     saver.close()
+    if owned:
+        owned[0].close()
 
 
 if __name__ == "__main__":

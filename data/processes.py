@@ -87,16 +87,17 @@ def together(task):
     return result
 
 
-def leave(sentence):
-    """Ends the program for a reason that a restart does not mend, so torchrun is told not to try one."""
+def leave(sentence, alone: bool = False):
+    """Ends the program for a reason that a restart does not mend, so torchrun is told not to try one. One process says why;
+    alone: this one, as the others do not know of it."""
     is_local_main = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not dist.is_initialized() and not is_local_main:
         time.sleep(60)  # the first process of this machine finds the same, and says so; then torchrun ends this one
-    if is_local_main and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.getppid() == PARENT:
+    if (alone or is_local_main) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.getppid() == PARENT:
         for number in ASKS_TO_LEAVE:
             signal.signal(number, signal.SIG_IGN)
         os.kill(PARENT, signal.SIGTERM)
-    says = dist.get_rank() == 0 if dist.is_initialized() else is_local_main
+    says = alone or (dist.get_rank() == 0 if dist.is_initialized() else is_local_main)
     sys.exit(str(sentence) if says else 1)
 
 
@@ -135,7 +136,7 @@ def run(main) -> None:
             main()
         except torch.OutOfMemoryError as error:
             leave("error: the GPU's memory is full: lower the (micro-)batch size; train.py also has --gradient_checkpointing"
-                  f" unet bart llm ({error})")  # fmt: skip
+                  f" unet bart llm ({error})", alone=True)  # fmt: skip
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

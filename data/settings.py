@@ -19,12 +19,13 @@ import difflib
 import json
 import math
 import operator
+import os
 import sys
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
-Text = Annotated[str, "not empty"]
+Text = Annotated[str, "that is not empty"]
 Count = Annotated[int, ">= 1", "<= 1e9"]
 Whole = Annotated[int, ">= 0", "<= 1e9"]
 Processes = Annotated[int, ">= 1", "<= 1024"]
@@ -95,7 +96,7 @@ def check(name: str, value, annotation):
         limits = [bound.split() for bound in bounds]
         if kind is float and not math.isfinite(value) or not all(OPERATORS[sign](value, float(limit)) for sign, limit in limits):
             raise wrong
-    if value == "" and "not empty" in bounds:
+    if value == "" and "that is not empty" in bounds:
         raise wrong
     return value
 
@@ -158,7 +159,7 @@ def parse_settings(cls, argv, doc: str):
     try:
         return cls(**read_flags(cls, argv, doc))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def same_as_before(file: Path, settings: dict, mend: str) -> None:
