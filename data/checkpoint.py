@@ -54,6 +54,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
             raise ValueError(f"{name} is not finite")
     try:
         save_file(tensors, file, {"format": "pt", "config": json.dumps(dataclasses.asdict(config))})
+        os.chmod(file, file.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
         sync(file)
     except (OSError, SafetensorError) as error:  # a full disk, in the words of two libraries
         raise OSError(f"cannot write {file}: {' '.join(str(error).split())}") from error
