@@ -627,6 +627,11 @@ def test_the_file_overrides_the_defaults_and_flags_override_the_file(tmp_path):
     config = train.resolve(settings, world_size=2)
     assert (config.num_queries, config.seed, config.max_steps, config.weight_decay) == (16, 4, 7, 0.0)
     assert (config.batch_size, config.micro_batch_size, config.lr_schedule) == (64, 8, "linear")  # the paper's
+    file.write_text('{"batch_size": null, "stage": 2, "val_data": ""}')  # as if it was not there
+    assert train.resolve(train.read_settings(["--config", str(file)]), world_size=2).batch_size == 64
+    for text in ('{"stage1_trains": []}', '{"seed": null}', '{"stage2": 3}', '{"stage1": {"stage": 2}}', '{"prompt": ["x"]}'):
+        file.write_text(text)
+        say_what_is_wrong(["--config", file], train.main)
     paper = train.resolve(train.read_settings(["--stage", "1"]), world_size=8)
     assert (paper.batch_size, paper.micro_batch_size, paper.max_steps, paper.learning_rate) == (512, 64, 200_000, 5e-5)
 
@@ -736,6 +741,8 @@ def test_one_whole_step_at_full_size(arguments, tmp_path):
 def test_random_init_builds_the_same_shapes_with_other_weights(tiny):
     loaded, random = (tiny_model(tiny, stage=2, random_init=r).state_dict() for r in (False, True))
     assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in random.items()}
+    toy = dataclasses.replace(vlv.load_config(TOY), random_init=True)  # whose folders hold half precision
+    assert {p.dtype for p in VLV(toy).parameters()} == {torch.float32}
     assert not torch.equal(loaded["decoder.unet.conv_in.weight"], random["decoder.unet.conv_in.weight"])
 
 

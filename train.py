@@ -114,7 +114,8 @@ def read_settings(argv) -> dict:
 
 def resolve(settings: dict, world_size: int) -> TrainConfig:
     """The run's settings, checked."""
-    config = TrainConfig(**(RECIPE.get(settings.get("stage", 1), {}) | settings))
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = TrainConfig(**(RECIPE.get(settings.get("stage", 1), {}) | given))
     share, rest = divmod(config.batch_size, world_size)
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if config.stage == 1 else 8)
     if rest or not share or share % config.micro_batch_size:

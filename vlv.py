@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import diffusers
 import torch
@@ -59,8 +59,8 @@ class VLVConfig(Settings):
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs, 2 captions too
     # Which parts each stage trains. As stage 2 trains bart, too, the denoising loss stays on there, or the embedding
     # would forget how to redraw the image; with mlp and llm alone it goes.
-    stage1_trains: tuple[Literal[ENCODER_PARTS], ...] = ("bart", "queries", "projection")
-    stage2_trains: tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...] = ("bart", "mlp", "llm")
+    stage1_trains: Annotated[tuple[Literal[ENCODER_PARTS], ...], "that is not empty"] = ("bart", "queries", "projection")
+    stage2_trains: Annotated[tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...], "that is not empty"] = ("bart", "mlp", "llm")
     random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
 
     @property
@@ -137,7 +137,7 @@ def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
             clip_config = CLIPTextConfig.from_pretrained(place, subfolder="text_encoder", local_files_only=True)
             return cls.from_pretrained(place, text_encoder=CLIPTextModel(clip_config), local_files_only=True, **kwargs)
         model_config = AutoConfig.from_pretrained(place, local_files_only=True)
-        return cls.from_config(model_config) if hasattr(cls, "from_config") else cls(model_config)
+        return cls.from_config(model_config, **kwargs) if hasattr(cls, "from_config") else cls(model_config)
     except Exception as error:
         what = f"its configuration is not in {places[-1]}" if random_init else f"download it with: hf download {name}"
         reason = str(error).strip().split("\n")[0]

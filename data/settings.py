@@ -61,7 +61,7 @@ def describe_range(annotation) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"a list, each {describe_range(get_args(kind)[0])}"
+        return f"a list {' '.join(bounds)}".strip() + f", each {describe_range(get_args(kind)[0])}"
     return f"{WORDS.get(kind, kind.__name__)} {' and '.join(bounds)}".strip()
 
 
@@ -79,7 +79,7 @@ def check(name: str, value, annotation):
         near = difflib.get_close_matches(str(value), map(str, get_args(kind)), n=1, cutoff=0)[0]
         raise ValueError(f"{wrong}; did you mean {near!r}?")
     if get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or not value and "that is not empty" in bounds:
             raise wrong
         return tuple(check(name, item, get_args(kind)[0]) for item in value)
     if kind is Path and isinstance(value, str) and value:
