@@ -1249,6 +1249,8 @@ def test_laions_metadata_becomes_shards_of_the_images_that_the_paper_keeps(tmp_p
     for attempt in range(2):  # the second finds everything done
         result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0 and "4 of 9 images pass the paper's filter" in result.stdout, result.stderr
+    other = subprocess.run([*command, "--max_images", "2"], cwd=HERE, capture_output=True, text=True)
+    assert other.returncode == 1 and "was made with max_images None, and now it is 2" in other.stderr
     server.shutdown()
     dataset = ImageTextDataset(tmp_path / "shards", 32, with_captions=True)
     assert sorted(dataset[i]["caption"] for i in range(len(dataset))) == [r["TEXT"] for r in rows if r["kept"]]
@@ -1271,6 +1273,8 @@ def test_the_captioned_set_becomes_shards(tiny, tmp_path):
     said = [subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert "2 new samples" in said[0] and "4 left out" in said[0] and "0 new samples" in said[1]
     assert len((tmp_path / "shards" / "left_out.txt").read_text().splitlines()) == 4
+    other = subprocess.run([*command[:-1], "64"], cwd=HERE, capture_output=True, text=True)
+    assert other.returncode == 1 and "was made with image_size 32, and now it is 64; choose another --out" in other.stderr
     dataset = ImageTextDataset(tmp_path / "shards", 32, with_captions=True)
     assert [dataset[i]["caption"] for i in range(len(dataset))] == ["a red bar"] * 2
     with tarfile.open(tmp_path / "shards" / "a.tar") as tar:

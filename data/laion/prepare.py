@@ -83,7 +83,7 @@ def main(argv=None):
     filtered = args.out.with_name(args.out.name + "-metadata")
     made_with = dict(max_images=args.max_images, image_size=args.image_size, images_per_shard=args.images_per_shard)
     try:
-        same_as_before(args.out / "settings.json", made_with, "give it as it was, or choose another --out")
+        same_as_before(filtered / "settings.json", made_with, "give it as it was, or choose another --out")
         count = filter_metadata(args.metadata, files, filtered, args.max_images)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
 @dataclass
 class EvaluateConfig(Settings):
     ckpt: Text = str(HERE / "vlv")
-    images: Count = SPLITS["val"]  # of the validation scenes
+    images: Annotated[int, ">= 1", f"<= {SPLITS['val']}"] = SPLITS["val"]  # the others were not kept from training
     num_inference_steps: Steps = 25
     guidance_scale: Guidance = 2.0
     num_beams: Beams = 4
