@@ -290,7 +290,8 @@ def main(argv=None):
     def restore():
         """Brings the optimizer back; returns the step. Raises ValueError when this is not the run that was saved."""
         if not (source / "trainer.json").exists():
-            raise ValueError(f"{source} cannot be continued, as it has no trainer.json: choose another --out_dir and --init_from {source}")
+            raise ValueError(f"{source} has no trainer.json, so it cannot be continued: choose another --out_dir, and start"
+                             f" from it with --init_from {source}")  # fmt: skip
         trainer = read_json(source / "trainer.json")
         for name in ("batch_size", "seed", "samples", "fingerprint_of_data"):
             if trainer.get(name) != about[name] and not config.accept_changes:
@@ -431,7 +432,8 @@ def main(argv=None):
         finished = done == config.max_steps
         reason = None
         if stopping and not finished:
-            reason = f"stopped by {', '.join(sorted({name for names in gather(SIGNALS) for name in names}))} after step {done:,}"
+            causes = sorted({cause for causes in gather(SIGNALS) for cause in causes})
+            reason = f"stopped by {' and '.join(causes)} after step {done:,}"
         if config.benchmark:
             if done == warm_up:
                 clock, last = now, done

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.processes import gather, join_processes, prepare_device, run, together
+from data.processes import gather, join_processes, leave, prepare_device, run, together
 from data.settings import Settings, Text, parse_settings
 
 
@@ -332,9 +332,11 @@ def measure() -> None:
         saver.begin(step)
         copied = time.perf_counter()
         problem = saver.end()
+        if problem:
+            leave(f"error: {problem}")
         if saver.rank == 0:
-            print(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes: training stands still for {copied - start:.2f} s, and"
-                  f" {time.perf_counter() - start:.1f} s later it is on the disk" if not problem else f"error: {problem}")  # fmt: skip
+            print(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes: training stands still for {copied - start:.2f} s,"
+                  f" and {time.perf_counter() - copied:.1f} s later it is on the disk", flush=True)  # fmt: skip
     saver.close()
     if owned:
         owned[0].close()
