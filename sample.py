@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data.checkpoint import find_checkpoint, lock
+from data.checkpoint import find_checkpoint, lock, write_whole
 from data.loader import crop_image, find_images, open_image
 from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, Whole, parse_settings, printable
 from vlv import VLV
@@ -112,11 +112,13 @@ class Results:
         for line in open(self.path, **self.text) if self.path.exists() else []:
             try:
                 record = json.loads(line)
+                if not isinstance(record.get("picture"), str | None):
+                    raise TypeError
                 self.records[str(record["image"])] = {key: record.get(key) for key in ("image", "caption", "picture")}
             except (ValueError, KeyError, TypeError, AttributeError):
                 if line.endswith("\n"):  # else a call was killed while it wrote
                     raise ValueError(f"{self.path} was not written by this program: choose another --out") from None
-        self.pictures = {str(record["picture"]) for record in self.records.values()}
+        self.pictures = {record["picture"] for record in self.records.values() if record["picture"]}
         self.write_all()
         self.file = open(self.path, "a", **self.text)
 
@@ -124,22 +126,26 @@ class Results:
         """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where that is another's."""
         before = self.records.pop(image, {"picture": None})["picture"]
         self.pictures.discard(before)
-        name, number = f"{stem}.png", 1
-        if before is not None and is_drawn(self.folder / before):
-            name = before
-        while name in self.pictures or os.path.lexists(self.folder / name) and not is_drawn(self.folder / name):
-            number += 1
-            name = f"{stem}-{number}.png"
+        replaces = before is not None and is_drawn(self.folder / before)
+        name = None
         if picture is not None:
+            name = before if replaces else self.free_name(stem)
             mark = PngInfo()
             mark.add_text("Software", "vlv")
             write_whole(self.folder / name, lambda path: picture.save(path, "png", pnginfo=mark))
             self.pictures.add(name)
-        elif name == before:
-            (self.folder / name).unlink(missing_ok=True)  # it shows another caption
-        self.records[image] = {"image": image, "caption": caption, "picture": name if picture is not None else None}
+        elif replaces:
+            (self.folder / before).unlink()  # it shows another caption
+        self.records[image] = {"image": image, "caption": caption, "picture": name}
         self.file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
         self.file.flush()
+
+    def free_name(self, stem: str) -> str:
+        name, number = f"{stem}.png", 1
+        while name in self.pictures or os.path.lexists(self.folder / name) and not is_drawn(self.folder / name):
+            number += 1
+            name = f"{stem}-{number}.png"
+        return name
 
     def write_all(self) -> None:
         """One line an image: what add() has replaced goes."""
@@ -150,16 +156,6 @@ class Results:
     def close(self) -> None:
         (self.folder / ".lock").unlink(missing_ok=True)
         self.lock.close()
-
-
-def write_whole(path: Path, write) -> None:
-    """write(path), so that the file is whole or as it was."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def collect(names: tuple[str, ...], results: Results) -> tuple[list[Path], list[str]]:

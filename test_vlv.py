@@ -165,7 +165,7 @@ def read_log(run: Path) -> list[dict]:
 
 
 def tensors_of(folder: Path, kind: str) -> dict:
-    return {name: tensors.get_tensor(name).clone() for _, tensors in open_tensors(folder, kind) for name in tensors.keys()}
+    return {name: tensors.get_tensor(name).clone() for tensors in open_tensors(folder, kind) for name in tensors.keys()}
 
 
 def weights(folder: Path) -> dict:

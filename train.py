@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.checkpoint import Journal, Saver, checkpoints, find_checkpoint, own
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, seeds_of
-from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, prepare_device, run
+from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, one_first, prepare_device, run
 from data.processes import start_workers, together
 from data.settings import Count, Seed, Text, Whole, check_names, read_flags, read_json
 from sample import panel, quiet
@@ -193,7 +193,7 @@ def main(argv=None):
     # --- settings and device: each process finds out by itself whether they are right ----------------------------------
     quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    is_main, is_local_main = rank == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_main = rank == 0
     say = tqdm.write if is_main else lambda *args, **kwargs: None
     try:
         settings = read_settings(argv)
@@ -251,8 +251,7 @@ def main(argv=None):
     if source:
         saved = together(lambda: load_config(source))
         config = dataclasses.replace(config, **dataclasses.asdict(saved) | model_settings)
-    opened = together(lambda: open_data() if is_local_main else None)  # who comes first on a machine builds the index
-    dataset, val_dataset = together(lambda: opened or open_data())
+    dataset, val_dataset = one_first(open_data)  # who comes first on a machine builds the index
 
     torch.manual_seed(config.seed)  # the same new weights on every process
     if source:

@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 from transformers import CLIPTextModel, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
-from data.checkpoint import find_checkpoint, open_tensors, sync, write_config, write_tensors
+from data.checkpoint import find_checkpoint, open_tensors, sync, write_json, write_tensors
 from data.settings import Count, Pixels, Settings, Text, check_names, read_json
 
 ENCODER_PARTS = ("bart", "queries", "projection")
@@ -423,8 +423,10 @@ class VLV(nn.Module):
         new, old = (folder.with_name(f".{folder.name}.vlv-{kind}") for kind in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)
         try:
-            write_config(new, self.config)
+            new.mkdir(parents=True)
+            write_json(new / "config.json", dataclasses.asdict(self.config))
             write_tensors(new / "model.safetensors", self.learned_state(), self.config)
+            sync(new)  # on the disk before the name is
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
@@ -458,7 +460,7 @@ class VLV(nn.Module):
         here = model.learned_state()
         missing = {n for n in here if n.startswith("encoder.") or saved.stage == 2}  # stage 1 knows no caption head
         targets = model.state_dict()
-        for file, weights in open_tensors(folder, "model"):
+        for weights in open_tensors(folder, "model"):
             for name in weights.keys():
                 weight = weights.get_tensor(name)
                 if name not in here or here[name].shape != weight.shape:
@@ -484,7 +486,7 @@ def load_config(folder: Path) -> VLVConfig:
         config = VLVConfig(**values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    for _, weights in open_tensors(folder, "model"):
+    for weights in open_tensors(folder, "model"):
         saved = json.loads((weights.metadata() or {}).get("config", "{}"))
         for name, value in saved.items():
             here = json.loads(json.dumps(getattr(config, name, value)))

@@ -39,11 +39,20 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def write_config(folder: Path, config) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    sync(folder / "config.json")
-    sync(folder)
+def write_json(file: Path, values: dict) -> None:
+    """A JSON file, on the disk when this returns."""
+    file.write_text(json.dumps(values, indent=2) + "\n")
+    sync(file)
+
+
+def write_whole(path: Path, write) -> None:
+    """write(path), so that the file is whole or as it was."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
@@ -61,15 +70,15 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
 
 
 def open_tensors(folder: Path, kind: str):
-    """Yields (path, open safetensors file) of each of a checkpoint's files of a kind, model or optimizer. Raises OSError
-    when one cannot be read."""
+    """Yields each of a checkpoint's safetensors files of a kind, model or optimizer, opened. Raises OSError when one cannot
+    be read."""
     files = sorted(folder.glob(f"{kind}*.safetensors"))
     if not files:
         raise OSError(f"the checkpoint {folder} has no {kind}.safetensors")
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                yield file, tensors
+                yield tensors
         except (OSError, SafetensorError) as error:
             raise OSError(f"{file} cannot be read: {error}") from error
 
@@ -146,7 +155,7 @@ class Saver:
         """Reads this process's share of the optimizer's state, and no other. Raises ValueError when it is not there."""
         mine = {self.names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
         found = set()
-        for _, tensors in open_tensors(folder, "optimizer"):
+        for tensors in open_tensors(folder, "optimizer"):
             for key in tensors.keys():
                 name, _, kind = key.rpartition(".")
                 found.add(name)
@@ -180,9 +189,8 @@ class Saver:
             write_tensors(self.folder / f"model{self.part}.safetensors", weights, self.model.config)
             write_tensors(self.folder / f"optimizer{self.part}.safetensors", state, self.model.config)
             if self.rank == 0:
-                (self.folder / "trainer.json").write_text(json.dumps({"step": step} | self.about, indent=2) + "\n")
-                sync(self.folder / "trainer.json")
-                write_config(self.folder, self.model.config)
+                write_json(self.folder / "trainer.json", {"step": step} | self.about)
+                write_json(self.folder / "config.json", dataclasses.asdict(self.model.config))
             sync(self.folder)
             self.problem = None
         except (OSError, ValueError) as error:
@@ -268,6 +276,7 @@ def append(path: Path, line: str) -> None:
 
 def cut_log(path: Path, start: int) -> None:
     """Leaves only the lines of steps up to `start`; the file as it is, where that fails."""
+
     def belongs(line):
         try:
             return json.loads(line)["step"] <= start
@@ -276,14 +285,8 @@ def cut_log(path: Path, start: int) -> None:
 
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if belongs(line)]
-    if kept == lines:
-        return
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        unfinished.write_text("".join(kept))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if kept != lines:
+        write_whole(path, lambda unfinished: unfinished.write_text("".join(kept)))
 
 
 def remove(folders: list[Path], removing: Path) -> None:

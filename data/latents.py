@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.loader import ImageTextDataset, describe_latents
-from data.processes import gather, join_processes, leave, prepare_device, run, together
+from data.processes import gather, join_processes, leave, one_first, prepare_device, run, together
 from data.settings import Count, Pixels, Settings, Text, Whole, parse_settings
 from sample import quiet
 from vlv import DiffusionDecoder, VLVConfig
@@ -92,9 +92,7 @@ def main(argv=None):
     device = prepare_device("auto")
     if world_size > 1:
         join_processes("gloo")
-    is_local_main = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    opened = together(lambda: ImageTextDataset(config.data, config.image_size) if is_local_main else None)
-    dataset = together(lambda: opened or ImageTextDataset(config.data, config.image_size))
+    dataset = one_first(lambda: ImageTextDataset(config.data, config.image_size))
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
     decoder = together(lambda: DiffusionDecoder(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32))
     side = config.image_size // decoder.pipeline.vae_scale_factor
@@ -103,10 +101,10 @@ def main(argv=None):
     together(lambda: make_files(dataset.folder, about, shape) if rank == 0 else None)
     moments, done = together(lambda: open_files(dataset.folder, "r+"))
 
-    left = np.flatnonzero(done != DONE)[rank::world_size]
-    loader = torch.utils.data.DataLoader(
-        Images(dataset), batch_sampler=[left[at : at + config.batch_size] for at in range(0, len(left), config.batch_size)],
-        collate_fn=collate, num_workers=config.num_workers, pin_memory=device.type == "cuda")  # fmt: skip
+    left = np.flatnonzero(done != DONE)  # neighbours stay together: they lie beside each other in shards and in latents.npy
+    batches = [left[at : at + config.batch_size] for at in range(0, len(left), config.batch_size)]
+    loader = torch.utils.data.DataLoader(Images(dataset), batch_sampler=batches[rank::world_size], collate_fn=collate,
+                                         num_workers=config.num_workers, pin_memory=device.type == "cuda")  # fmt: skip
     finished, problems = [], []
     for number, (indices, images, unreadable) in enumerate(tqdm(loader, desc="latents", unit="batch", disable=rank > 0), 1):
         if indices:

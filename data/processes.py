@@ -87,6 +87,13 @@ def together(task):
     return result
 
 
+def one_first(task):
+    """together(task), but on each machine one process goes before the others, who find what it made."""
+    goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = together(lambda: task() if goes_first else None)
+    return together(lambda: result if goes_first else task())
+
+
 def leave(sentence, alone: bool = False):
     """Ends the program for a reason that a restart does not mend, so torchrun is told not to try one. One process says why;
     alone: this one, as the others do not know of it."""

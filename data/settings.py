@@ -177,4 +177,7 @@ def same_as_before(file: Path, settings: dict, mend: str) -> None:
 
 def printable(text) -> str:
     """A name on one line and in UTF-8: what is not printable in it is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():  # almost always, and the loader asks for each image
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
