@@ -968,7 +968,7 @@ def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
     finish(first)
     # each process has a folder of its own, as on two machines without shared storage
     program = tmp_path / "apart.py"
-    program.write_text("import os, sys, train\nos.chdir(os.environ['RANK'])\ntrain.main(sys.argv[1:])\n")
+    program.write_text("import os, train\nos.chdir(os.environ['RANK'])\ntrain.run(train.main)\n")
     for rank in "01":
         train_tiny(tiny, tmp_path / rank / "out", max_steps=2 + 2 * int(rank))
     said = finish(apart := start(tiny_flags(tiny, "out", resume=True, max_steps=8), program=program, cwd=tmp_path))
@@ -979,7 +979,7 @@ def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
 def test_neither_accumulating_nor_resuming_holds_gradients_or_state_twice(tiny, tmp_path):
     program = tmp_path / "watched.py"
     program.write_text("""
-import gc, os, sys, torch, train
+import gc, os, torch, train
 loss_of = train.loss_of
 
 def watched(model, *args):
@@ -993,7 +993,7 @@ def watched(model, *args):
     return loss_of(model, *args)
 
 train.loss_of = watched
-train.main(sys.argv[1:])
+train.run(train.main)
 """)
     flags = partial(tiny_flags, tiny, tmp_path, micro_batch_size=1, resume=True, save_interval=3)
     fresh = finish(start(flags(max_steps=6), program=program))

@@ -489,7 +489,6 @@ def main(argv=None):
         say(f"done: {find_checkpoint(run_dir)}")
     if world_size > 1:
         dist.barrier()
-        dist.destroy_process_group()
     saver.close()
     if lock:
         lock.close()

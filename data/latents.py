@@ -127,7 +127,6 @@ def main(argv=None):
               " skips those that are left")  # fmt: skip
     if world_size > 1:
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

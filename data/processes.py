@@ -135,7 +135,8 @@ def end_workers() -> None:
 
 def run(main) -> None:
     """Runs a program that other processes take part in, and ends this one. At once: where another was killed, Python's way
-    of ending waits for it for ever."""
+    of ending waits for it for ever. So would destroy_process_group, now and then: DDP then holds gloo's group last, whose
+    destructor waits for a thread that waits for Python's lock (torch 2.13). Nobody calls it."""
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     code = 0
     try:
