@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.checkpoint import Journal, Saver, checkpoints, find_checkpoint, own
-from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, seeds_of
+from data.loader import ImageTextDataset, SyntheticDataset, WithNoise, batch_indices, collate, seeds_of
 from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, one_first, prepare_device, run
 from data.processes import start_workers, together
 from data.settings import Count, Seed, Text, Whole, check_names, read_flags, read_json
@@ -45,7 +45,9 @@ class TrainConfig(VLVConfig):
     """Every setting of a run, next to those of the model. None: the stage's value in RECIPE."""
 
     data: Text = "data/laion"  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no captions
+    captions: str = ""  # a folder of JSON lines by `sample.py --captions_only DATA --out CAPTIONS`, instead of KEY.txt
     val_data: str = ""  # the same for validation; empty: no validation
+    val_captions: str = ""
     out_dir: Text = "out"  # with several machines: on storage that all of them see
     init_from: str = ""  # stage 2: the stage-1 checkpoint to start from; empty: the newest in OUT_DIR/stage1
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
@@ -134,11 +136,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * shape
 
 
-def speed_up(model: VLV, config: TrainConfig, bf16: bool) -> None:
+def speed_up(model: VLV, config: TrainConfig) -> None:
     """What makes the model's parts faster or smaller, and changes what they compute by rounding at most."""
     for name, part in model.parts().items():
-        if bf16 and name not in model.config.learned:
-            part.to(torch.bfloat16)
         if config.channels_last and name in ("vae", "unet"):
             part.to(memory_format=torch.channels_last)
         for module in part.values() if isinstance(part, torch.nn.ModuleDict) else [part]:
@@ -148,16 +148,16 @@ def speed_up(model: VLV, config: TrainConfig, bf16: bool) -> None:
                 (module.encoder if name == "vae" else module).compile()
 
 
-def loss_of(model, batch: dict, seeds: list[int], device: torch.device) -> torch.Tensor:
+def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
     """The model's loss, a scalar, of a batch as collate makes it."""
     images, moments = (to_device(batch[name], device) for name in ("image", "moments"))
-    return model(images, batch["caption"], seeds, moments)
+    return model(images, batch["caption"], batch["noise"], moments)
 
 
 def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     """FLOPs that one sample needs, forward and backward, without what checkpointing computes twice."""
     with FlopCounterMode(display=False) as counter:
-        loss_of(model, collate([sample]), [0], device).backward()
+        loss_of(model, collate([sample]), device).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -236,8 +236,8 @@ def main(argv=None):
             return SyntheticDataset(config.image_size, config.max_caption_tokens, config.reads_moments), None
         kwargs = dict(size=config.image_size, with_captions=config.stage == 2,
                       latents_of=config.diffusion_model if config.reads_moments else None)  # fmt: skip
-        validation = ImageTextDataset(config.val_data, **kwargs) if config.val_data else None
-        return ImageTextDataset(config.data, **kwargs), validation
+        validation = ImageTextDataset(config.val_data, captions=config.val_captions, **kwargs) if config.val_data else None
+        return ImageTextDataset(config.data, captions=config.captions, **kwargs), validation
 
     lock, owner = together(lambda: own(run_dir) if is_main and not config.benchmark else (None, None))
     source, resumes = together(find_source)
@@ -254,22 +254,23 @@ def main(argv=None):
     dataset, val_dataset = one_first(open_data)  # who comes first on a machine builds the index
 
     torch.manual_seed(config.seed)  # the same new weights on every process
-    if source:
-        model = together(lambda: VLV.from_pretrained(source, for_training=True, **model_settings))
-    else:
-        model = together(lambda: VLV(VLVConfig(**model_settings), for_training=True))
-
-    # --- precision, optimizer, and the state of a run that goes on -------------------------------------------------------
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
+    where = dict(for_training=True, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    if source:
+        model = together(lambda: VLV.from_pretrained(source, **where, **model_settings))
+    else:
+        model = together(lambda: VLV(VLVConfig(**model_settings), **where))
+
+    # --- precision, optimizer, and the state of a run that goes on -------------------------------------------------------
     # no cache: a step uses each weight once, and what is cached gradient checkpointing could not free
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     if config.benchmark:  # before checkpointing, which computes more than is needed
         with autocast():
-            flops = count_flops(model.to(device), dataset[0], device)
-    speed_up(model, config, bf16)
-    model.to(device).train()
+            flops = count_flops(model, dataset[0], device)
+    speed_up(model, config)
+    model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=True)  # fmt: skip
@@ -336,13 +337,14 @@ def main(argv=None):
         model.eval()
         total, count = 0.0, 0
         mine = list(range(min(config.eval_images, len(val_dataset))))[rank::world_size]
+        noisy = WithNoise(val_dataset, model.decoder.draw_noise)
         for at in range(0, len(mine), config.micro_batch_size):
             indices = mine[at : at + config.micro_batch_size]
-            batch = collate([val_dataset[i] for i in indices])
+            batch = collate([noisy[place] for place in zip(indices, seeds_of(0, 0, indices))])
             if batch["unreadable"]:
                 continue
             with autocast():
-                loss = loss_of(model, batch, seeds_of(0, 0, indices), device)
+                loss = loss_of(model, batch, device)
             total, count = total + loss.item() * len(indices), count + len(indices)
         total, count = over_ranks([total, count])
         if is_main and config.eval_pictures:
@@ -380,13 +382,14 @@ def main(argv=None):
     def micro_batches():
         for step in range(start, config.max_steps):
             indices = batch_indices(len(dataset), config.batch_size, config.seed, step)
-            yield from ([indices[p] for p in places(micro_step)] for micro_step in range(grad_accum_steps))
+            for mine in map(places, range(grad_accum_steps)):
+                yield list(zip((indices[p] for p in mine), seeds_of(config.seed, step, mine)))
 
     if __name__ == "__main__" and not config.benchmark:  # from here on there is something to save
         listen_to_signals()
     loader = start_workers(torch.utils.data.DataLoader(
-        dataset, batch_sampler=micro_batches(), collate_fn=collate, num_workers=config.num_workers,
-        pin_memory=device.type == "cuda"))  # fmt: skip
+        WithNoise(dataset, model.decoder.draw_noise), batch_sampler=micro_batches(), collate_fn=collate,
+        num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
     losses, skipped, bad_steps, bad_in_a_row, waited, clock, last = [], 0, 0, 0, 0.0, time.perf_counter(), start
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=not is_main, unit_scale=True, mininterval=0.5)  # fmt: skip
@@ -402,13 +405,12 @@ def main(argv=None):
             skipped += len(batch["skipped"])
             journal.skip(batch["skipped"])
             unreadable = unreadable or batch["unreadable"]
-            seeds = seeds_of(config.seed, step, places(micro_step))
-            torch.manual_seed(seeds[0])  # dropout
+            torch.manual_seed(seeds_of(config.seed, step, places(micro_step)[:1])[0])  # dropout
             # under no_sync both the forward and the backward pass, or DDP would synchronize all the same
             last_micro_step = micro_step == grad_accum_steps - 1
             with nullcontext() if last_micro_step or world_size == 1 else ddp.no_sync():
                 with autocast():
-                    loss = loss_of(ddp, batch, seeds, device) / grad_accum_steps
+                    loss = loss_of(ddp, batch, device) / grad_accum_steps
                 loss.backward()
             step_losses.append(loss.detach() * grad_accum_steps)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)

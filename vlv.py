@@ -15,29 +15,26 @@ B batch, S image side in pixels, N queries, D width of CLIP's text model, T capt
 """
 
 import dataclasses
-import json
 import math
-import os
-import shutil
-from contextlib import contextmanager
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import diffusers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig
-from transformers import CLIPTextModel, Florence2Model, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
-from data.checkpoint import find_checkpoint, open_tensors, sync, write_json, write_tensors
-from data.settings import Count, Pixels, Settings, Text, check_names, read_json
+from data.checkpoint import MODEL_CARD, find_checkpoint, read_config, write_folder, write_json, write_tensors
+from data.pretrained import FlorenceVision, FlorenceVisionAndWords, Weights, load
+from data.settings import Count, Pixels, Settings, Text
 
 ENCODER_PARTS = ("bart", "queries", "projection")
 CAPTION_PARTS = ("mlp", "llm")
@@ -56,6 +53,8 @@ class VLVConfig(Settings):
     encoder_image_size: Pixels = 768  # the image is resized to this for Florence-2; 384 costs a quarter in DaViT
     prompt: Text = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
     max_caption_tokens: Count = 300  # longer captions are cut, and then not taught to end there
+    # captions end with a learned token; the authors' released ones are cut after a full stop, and what they repeat is dropped
+    caption_end: Literal["token", "full stop"] = "token"
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs, 2 captions too
     # Which parts each stage trains. As stage 2 trains bart, too, the denoising loss stays on there, or the embedding
     # would forget how to redraw the image; with mlp and llm alone it goes.
@@ -106,45 +105,12 @@ def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | No
     return x.pin_memory().to(device, non_blocking=True)
 
 
-@contextmanager
-def no_loading_bars():
-    """The libraries draw bars for what loads in a moment; whoever uses this one may have them drawn elsewhere."""
-    libraries = [lib.utils.logging for lib in (diffusers, transformers) if lib.utils.logging.is_progress_bar_enabled()]
-    for logging in libraries:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in libraries:
-            logging.enable_progress_bar()
-
-
-@no_loading_bars()
-def load(cls, name: str, role: str, random_init: bool = False, **kwargs):
-    """cls.from_pretrained of a local folder or of a hub id that was downloaded (it does not download: eight processes
-    would, and whoever is offline would wait). random_init: cls with new weights, from the configuration in the local
-    folder or in data/configs. Raises OSError with one sentence."""
-    here = Path(__file__).parent
-    places = [Path(name), here / name] + [here / "data" / "configs" / Path(name).name] * random_init
-    place = next((p for p in places if p.is_dir()), name)
-    try:
-        if not random_init or issubclass(cls, (AutoTokenizer, AutoImageProcessor)):
-            return cls.from_pretrained(place, local_files_only=True, **kwargs)
-        if cls is StableDiffusionPipeline:
-            for part, kind in [("unet", UNet2DConditionModel), ("vae", AutoencoderKL)]:
-                if part not in kwargs:
-                    kwargs[part] = kind.from_config(kind.load_config(place, subfolder=part, local_files_only=True))
-            clip_config = CLIPTextConfig.from_pretrained(place, subfolder="text_encoder", local_files_only=True)
-            return cls.from_pretrained(place, text_encoder=CLIPTextModel(clip_config), local_files_only=True, **kwargs)
-        model_config = AutoConfig.from_pretrained(place, local_files_only=True)
-        return cls.from_config(model_config, **kwargs) if hasattr(cls, "from_config") else cls(model_config)
-    except Exception as error:
-        what = f"its configuration is not in {places[-1]}" if random_init else f"download it with: hf download {name}"
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(
-            f"cannot load the {role} {name!r}: it is no local folder with such a model, and not among the downloaded"
-            f" ones; {what} ({type(error).__name__}: {reason})"
-        ) from error
+def draw_noise(seeds, latent_shape: tuple[int, int, int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For B seeds, one a sample (None: torch's generator): (B, 2, *latent_shape), N(0, 1), its draw from the VAE's posterior
+    and its noise; and (B,), its timestep, uniform in [0, steps). The same on every device and in any batch."""
+    generators = [None if seed is None else torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    draws = torch.stack([torch.randn(2, *latent_shape, generator=generator) for generator in generators])
+    return draws, torch.stack([torch.randint(steps, (), generator=generator) for generator in generators])
 
 
 def check_batch(prompt) -> None:
@@ -157,25 +123,36 @@ def check_batch(prompt) -> None:
 class Encoder(nn.Module):
     """Florence-2 with learned queries, the paper's VLV encoder: the information bottleneck (figure 2, stage 1)."""
 
-    def __init__(self, config: VLVConfig, embed_dim: int):
+    def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
         super().__init__()
-        florence = load(Florence2Model, config.encoder, "vision encoder (--encoder)", config.random_init,
-                        dtype=torch.float32)  # fmt: skip
-        language_model, width = florence.language_model, florence.config.text_config.d_model
+        here = partial(load, name=config.encoder, random_init=config.random_init)
+        role, held = "vision encoder (--encoder)", weights.hold("encoder.")  # is BART the checkpoint's?
+        knows_prompt, learned = weights.hold("encoder.prompt_embeds"), dtype_of("bart")
+        kind = Florence2Model if not held else FlorenceVision if knows_prompt else FlorenceVisionAndWords
+        florence = here(kind, role=role, dtype=dtype_of("davit") if held else learned)
         self.davit = nn.ModuleDict({"tower": florence.vision_tower, "projector": florence.multi_modal_projector})
-        self.bart = nn.ModuleDict({"encoder": language_model.encoder, "decoder": language_model.decoder})
-        self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
-        self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
+        self.davit.to(dtype_of("davit"))
 
         # The prompt is constant, so its embeddings are too, and BART's token table (52 M weights) can go.
-        tokenizer = load(AutoTokenizer, config.encoder, "vision encoder's tokenizer (--encoder)", config.random_init)
-        ids = torch.tensor([tokenizer(config.prompt).input_ids])
-        with torch.no_grad():
-            self.register_buffer("prompt_embeds", language_model.shared(ids), persistent=False)  # (1, T, width)
-        self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
+        if knows_prompt:
+            embeds = weights.take("encoder.prompt_embeds")[...]
+        else:
+            ids = torch.tensor([here(AutoTokenizer, role="vision encoder's tokenizer (--encoder)")(config.prompt).input_ids])
+            embeds = florence.language_model.shared(ids).detach()
+        self.register_buffer("prompt_embeds", embeds.to(learned))  # (1, T, width)
 
-        processor = load(AutoImageProcessor, config.encoder, "vision encoder's image processor (--encoder)",
-                         config.random_init)  # fmt: skip
+        width = florence.config.text_config.d_model
+        with torch.device("meta") if held else nullcontext():
+            language_model = AutoModel.from_config(florence.config.text_config) if held else florence.language_model
+            self.bart = nn.ModuleDict({"encoder": language_model.encoder, "decoder": language_model.decoder})
+            self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
+            self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
+        self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
+        for name in ENCODER_PARTS:
+            part = getattr(self, name)
+            weights.fill(part, f"encoder.{name}.", learned) if held else part.to(learned)
+
+        processor = here(AutoImageProcessor, role="vision encoder's image processor (--encoder)")
         self.size = config.encoder_image_size
         vision_config = florence.config.vision_config
         smallest = math.prod(vision_config.patch_stride)  # pixels a side that one token stands for
@@ -216,10 +193,10 @@ class DiffusionDecoder(nn.Module):
     """The frozen text-to-image model: CLIP's text transformer, VAE and UNet. Where the loss needs no pictures VAE and
     UNet are left out (with_unet=False) until one is to be drawn."""
 
-    def __init__(self, config: VLVConfig, with_unet: bool = True):
+    def __init__(self, config: VLVConfig, with_unet: bool = True, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.name, self.image_size, self.random_init = config.diffusion_model, config.image_size, config.random_init
-        self.load(with_unet)
+        self.load(with_unet, dtype)
         positions = self.text_encoder.config.max_position_embeddings
         if config.num_queries > positions:
             raise ValueError(
@@ -227,16 +204,20 @@ class DiffusionDecoder(nn.Module):
                 f" choose at most {positions}"
             )
 
-    def load(self, with_unet: bool):
+    def load(self, with_unet: bool, dtype: torch.dtype):
         parts = {} if with_unet else {"vae": None, "unet": None}
         self.pipeline = load(
             StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", self.random_init,
-            dtype=torch.float32, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-            low_cpu_mem_usage=False, **parts,
+            dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts,
         )  # fmt: skip
         self.pipeline.set_progress_bar_config(disable=True)
         self.text_encoder, self.vae, self.unet = self.pipeline.text_encoder, self.pipeline.vae, self.pipeline.unet
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)  # the noise schedule of training
+        self.draw_noise = None
+        if with_unet:
+            side = self.image_size // self.pipeline.vae_scale_factor
+            self.draw_noise = partial(draw_noise, latent_shape=(self.vae.config.latent_channels, side, side),
+                                      steps=self.scheduler.config.num_train_timesteps)  # fmt: skip
         freeze(self)
         if with_unet and self.image_size % (multiple := max(8, self.pipeline.vae_scale_factor)):
             raise ValueError(f"image_size is {self.image_size}, but {self.name} draws multiples of {multiple} pixels")
@@ -259,24 +240,18 @@ class DiffusionDecoder(nn.Module):
         with own_precision(images):
             return self.vae.encode(images.to(self.vae.dtype) / 127.5 - 1).latent_dist.parameters
 
-    def denoising_loss(self, images, prompt_embeds, seeds=None, moments=None) -> torch.Tensor:
+    def denoising_loss(self, images, prompt_embeds, noise=None, moments=None) -> torch.Tensor:
         """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch.
 
-        images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). seeds: B ints, one a sample; fixes its draw from the
-        VAE's posterior, its noise and its timestep on every device and in any batch. None: torch's generator.
+        images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: self.draw_noise of B seeds; None: torch's generator's.
         moments: encode_image's, where they were computed ahead.
         """
-        vae, steps, device = self.vae, self.scheduler.config.num_train_timesteps, images.device
+        vae, device = self.vae, images.device
         with torch.no_grad():
             moments = self.encode_image(images) if moments is None else moments
             posterior = DiagonalGaussianDistribution(moments.float())
-            shape = posterior.mean.shape[1:]  # (4, S / 8, S / 8)
-            draws = []
-            for seed in [None] * len(images) if seeds is None else seeds:
-                generator = None if seed is None else torch.Generator().manual_seed(int(seed))
-                draws.append((torch.randn(2, *shape, generator=generator), torch.randint(steps, (), generator=generator)))
-            sample, noise = to_device(torch.stack([d[0] for d in draws], 1), device)
-            timesteps = to_device(torch.stack([d[1] for d in draws]), device)
+            draws, timesteps = (to_device(x, device) for x in noise or self.draw_noise([None] * len(images)))
+            sample, noise = draws.unbind(1)
             latents = (posterior.mean + posterior.std * sample) * vae.config.scaling_factor
             noisy = self.scheduler.add_noise(latents, noise, timesteps)
             kind = self.scheduler.config.prediction_type
@@ -300,8 +275,8 @@ class DiffusionDecoder(nn.Module):
         check_batch(prompt)
         if self.unet is None:
             device, dtype = self.text_encoder.device, self.text_encoder.dtype
-            self.load(with_unet=True)
-            self.to(device, dtype)
+            self.load(True, dtype)
+            self.to(device)
         is_text = isinstance(prompt[0], str)
         kwargs = {"prompt": prompt} if is_text else {"prompt_embeds": prompt.to(self.unet.dtype)}
         return self.pipeline(
@@ -310,18 +285,35 @@ class DiffusionDecoder(nn.Module):
         ).images  # fmt: skip
 
 
+def cut_caption(caption: str) -> str:
+    """Up to the last full stop, where there is one, and without sentences that repeat an earlier one."""
+    caption = caption.strip()
+    caption = caption[: caption.rfind(".") + 1] or caption
+    return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", caption)))
+
+
 class CaptionHead(nn.Module):
     """MLP + LLM, the paper's caption decoder: reads the embedding aloud (figure 2, stage 2)."""
 
-    def __init__(self, config: VLVConfig, embed_dim: int):
+    def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
         super().__init__()
-        self.llm = load(AutoModelForCausalLM, config.llm, "language model (--llm)", config.random_init, dtype=torch.float32)
-        self.tokenizer = load(AutoTokenizer, config.llm, "language model's tokenizer (--llm)", config.random_init)
+        held = {part: weights.hold(f"caption_head.{part}.") for part in CAPTION_PARTS}  # by the checkpoint
+        brings = held["llm"] and (weights.folder / "llm").is_dir()  # its configuration and tokenizer, too
+        here = partial(load, name=str(weights.folder / "llm") if brings else config.llm,
+                       random_init=config.random_init and not brings)  # fmt: skip
+        if held["llm"]:
+            llm_config = here(AutoConfig, role="language model's configuration (--llm)")
+            self.llm = weights.language_model(llm_config, "caption_head.llm.", dtype_of("llm"))
+        else:
+            self.llm = here(AutoModelForCausalLM, role="language model (--llm)", dtype=dtype_of("llm"))
+        self.tokenizer = here(AutoTokenizer, role="language model's tokenizer (--llm)")
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token, so its captions could not end")
-        self.max_tokens = config.max_caption_tokens
+        self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
         width = self.llm.get_input_embeddings().embedding_dim
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
+        with torch.device("meta") if held["mlp"] else nullcontext():
+            self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
+        weights.fill(self.mlp, "caption_head.mlp.", dtype_of("mlp")) if held["mlp"] else self.mlp.to(dtype_of("mlp"))
 
     def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Cross-entropy of the captions and their end token, given c (B, N, D): the mean over each caption's tokens,
@@ -350,25 +342,35 @@ class CaptionHead(nn.Module):
     def generate_with_ends(self, prompt_embeds, num_beams: int = 4, max_new_tokens: int = 300):
         """As generate, but B pairs: the caption, and whether it ended by itself."""
         check_batch(prompt_embeds)
-        prefix, eos = self.mlp(prompt_embeds).to(self.llm.dtype), self.tokenizer.eos_token_id
-        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
-                                    eos_token_id=eos, pad_token_id=eos)  # fmt: skip
+        prefix = self.mlp(prompt_embeds.to(self.mlp[0].weight.dtype)).to(self.llm.dtype)
+        eos, cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
+        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos,
+                                    pad_token_id=eos, early_stopping=cut and num_beams > 1)  # fmt: skip
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)  # new ones only
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(caption.strip(), bool((row == eos).any())) for caption, row in zip(captions, ids)]
+        captions = [cut_caption(caption) if cut else caption.strip() for caption in captions]
+        return [(caption, bool((row == eos).any())) for caption, row in zip(captions, ids)]
 
 
 class VLV(nn.Module):
-    """Ties the parts together. for_training: load only what the stage of config needs."""
+    """Ties the parts together.
 
-    def __init__(self, config: VLVConfig, for_training: bool = False):
+    with_unet: load VAE and UNet; they redraw images, and captioning needs neither. for_training: load only what the stage of
+    config needs, and what it learns in float32. dtype: of all (other) weights. device: each part goes there when it is
+    loaded. weights: a checkpoint's; see from_pretrained.
+    """
+
+    def __init__(self, config: VLVConfig, for_training=False, with_unet=True, dtype=torch.float32, device=None, weights=None):
         super().__init__()
-        self.config = config
-        self.decoder = DiffusionDecoder(config, with_unet=config.denoises or not for_training)
+        self.config, weights = config, weights or Weights()
+        dtype_of = lambda part: torch.float32 if for_training and part in config.learned else dtype
+        self.decoder = DiffusionDecoder(config, with_unet and (config.denoises or not for_training), dtype).to(device)
         embed_dim = self.decoder.text_encoder.config.hidden_size
-        self.encoder = Encoder(config, embed_dim)
-        self.caption_head = CaptionHead(config, embed_dim) if config.stage == 2 else None
+        self.encoder = Encoder(config, embed_dim, weights, dtype_of).to(device)
+        self.caption_head = None
+        if config.stage == 2:
+            self.caption_head = CaptionHead(config, embed_dim, weights, dtype_of).to(device)
         for name, part in self.parts().items():
             if name not in config.trains:
                 freeze(part)
@@ -397,49 +399,46 @@ class VLV(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
             return self.decoder.encode_text(self.encoder(images))
 
-    def forward(self, images, captions: list[str] | None = None, seeds=None, moments=None) -> torch.Tensor:
+    def forward(self, images, captions: list[str] | None = None, noise=None, moments=None) -> torch.Tensor:
         """The loss of the stage, a scalar, so that DDP can wrap the model as it is.
 
-        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. seeds, moments: see denoising_loss.
+        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. noise, moments: see denoising_loss.
         """
         if self.config.stage == 2 and captions is None:
             raise ValueError("stage 2 learns from captions: call forward(images, captions)")
         prompt_embeds = self.embed(images)
         loss = 0.0
         if self.config.denoises:
-            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, seeds, moments)
+            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, noise, moments)
         if self.config.stage == 2:
             loss = loss + self.caption_head.loss(prompt_embeds, captions)
         return loss
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors (the learned parts only). Everything is written beside and renamed: a
-        crash at any moment leaves the old folder or the new one, whole. Raises OSError when it cannot be written, and
-        where the folder holds other files; then nothing has changed. Raises ValueError for weights that are not finite."""
-        folder = Path(folder)
-        others = {p.name for p in folder.iterdir()} - {"config.json", "model.safetensors"} if folder.is_dir() else ()
-        if others or folder.is_file():
-            raise OSError(f"{folder} holds something else ({min(others, default='a file')}): choose a new folder")
-        new, old = (folder.with_name(f".{folder.name}.vlv-{kind}") for kind in ("new", "old"))
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            new.mkdir(parents=True)
-            write_json(new / "config.json", dataclasses.asdict(self.config))
+        """Writes config.json, model.safetensors (the learned parts only, in the precision that they have here), llm/ and a
+        model card, README.md. A crash at any moment leaves the old folder or the new one, whole. Raises OSError when it cannot
+        be written, and where the folder holds other files; then nothing has changed. Raises ValueError for weights that are
+        not finite."""
+
+        def write(new: Path):
+            self.save_about(new)
+            (new / "README.md").write_text(MODEL_CARD.format(**vars(self.config)))
             write_tensors(new / "model.safetensors", self.learned_state(), self.config)
-            sync(new)  # on the disk before the name is
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)  # from_pretrained finds it there, should we die before the next line
-        os.rename(new, folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+
+        write_folder(Path(folder), write, ("config.json", "model.safetensors", "llm", "README.md"))
+
+    def save_about(self, folder: Path) -> None:
+        """What a checkpoint has beside its weights: config.json and, where the LLM has learned, its configuration and
+        tokenizer."""
+        if "llm" in self.config.learned:
+            self.caption_head.llm.config.save_pretrained(folder / "llm")
+            self.caption_head.tokenizer.save_pretrained(folder / "llm")
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     def learned_state(self) -> dict[str, torch.Tensor]:
         """Name -> weight of the learned parts. Tied weights (an LLM's embeddings and head) are stored once."""
-        prefixes = tuple(f"{'encoder' if p in ENCODER_PARTS else 'caption_head'}.{p}." for p in self.config.learned)
+        prefixes = tuple(map(prefix_of, self.config.learned))
+        prefixes += ("encoder.prompt_embeds",)  # of Florence-2's token table, which so need not be read
         state, seen = {}, set()
         for name, weight in self.state_dict().items():
             if name.startswith(prefixes) and weight.data_ptr() not in seen:
@@ -448,28 +447,36 @@ class VLV(nn.Module):
         return state
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, for_training: bool = False, **overrides) -> "VLV":
-        """The model of a checkpoint folder, or of the newest checkpoint in a folder of them, in eval mode.
+    def from_pretrained(cls, folder: str | Path, for_training=False, with_unet=True, dtype=torch.float32, device=None,
+                        **overrides) -> "VLV":  # fmt: skip
+        """The model of a checkpoint folder, of the newest checkpoint in a folder of them, or of a downloaded hub id, in eval
+        mode. What the checkpoint holds is read from nowhere else.
 
-        overrides: VLVConfig fields to change, such as stage=2 to go on from a stage-1 checkpoint.
+        overrides: VLVConfig fields to change, such as stage=2 to go on from a stage-1 checkpoint. The others: see VLV.
         Raises OSError when there is none, ValueError when it does not fit.
         """
         folder = find_checkpoint(folder)
-        saved = load_config(folder)
-        model = cls(dataclasses.replace(saved, **overrides), for_training)
-        here = model.learned_state()
-        missing = {n for n in here if n.startswith("encoder.") or saved.stage == 2}  # stage 1 knows no caption head
-        targets = model.state_dict()
-        for weights in open_tensors(folder, "model"):
-            for name in weights.keys():
-                weight = weights.get_tensor(name)
-                if name not in here or here[name].shape != weight.shape:
-                    raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: see {name}")
-                targets[name].copy_(weight)
-                missing.discard(name)
-        if missing:
-            raise ValueError(f"the checkpoint {folder} does not fit its config.json and models: {min(missing)} is missing")
+        saved, on_gpu = load_config(folder), torch.device(device or "cpu").type == "cuda"
+        # what trains on the CPU must not lie in a file that the run will remove
+        used_as = dtype if not for_training else torch.float32 if on_gpu else None
+        weights = Weights(folder, used_as)
+        config = dataclasses.replace(saved, **overrides)
+        if (folder / "llm").is_dir() and config.llm != saved.llm and config.stage == 2:
+            raise ValueError(f"the checkpoint {folder} brings its own language model, {saved.llm}: leave --llm {config.llm} out")
+        for part in saved.learned:
+            if not weights.hold(prefix_of(part)):
+                raise weights.problem(f"{prefix_of(part)}* is missing")
+        if config.prompt != saved.prompt:
+            weights.left.pop("encoder.prompt_embeds", None)
+        model = cls(config, for_training, with_unet, dtype, device, weights)
+        if weights.left and config.stage == saved.stage:
+            raise weights.problem(f"{min(weights.left)} belongs to no part")
         return model.eval()
+
+
+def prefix_of(part: str) -> str:
+    """What the names of a learned part's weights begin with."""
+    return f"encoder.{part}." if part in ENCODER_PARTS else f"caption_head.{part}."
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -477,19 +484,6 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def load_config(folder: Path) -> VLVConfig:
-    """A checkpoint's configuration. Raises ValueError for one that is not its weights' own: a changed image_size would go
-    unnoticed, and caption badly. (Where the pretrained models lie may change.)"""
-    file = folder / "config.json"
-    values = read_json(file)
-    check_names(values, [f.name for f in dataclasses.fields(VLVConfig)], file)
-    try:
-        config = VLVConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    for weights in open_tensors(folder, "model"):
-        saved = json.loads((weights.metadata() or {}).get("config", "{}"))
-        for name, value in saved.items():
-            here = json.loads(json.dumps(getattr(config, name, value)))
-            if name not in ("diffusion_model", "encoder", "llm") and here != value:
-                raise ValueError(f"{file}: {name} is {here!r}, but the weights beside it were saved with {value!r}")
-    return config
+    """A checkpoint's configuration. Raises ValueError for one that is not its weights' own; only where the pretrained models
+    lie may change."""
+    return read_config(folder, VLVConfig, may_change=("diffusion_model", "encoder", "llm"))

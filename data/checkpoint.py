@@ -11,6 +11,7 @@ A run keeps the last two of them as step-000100, step-000200, ... beside `saving
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -24,12 +25,35 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.processes import gather, join_processes, leave, prepare_device, run, together
-from data.settings import Settings, Text, parse_settings
+from data.settings import Settings, Text, check_names, parse_settings, read_json
+
+
+MODEL_CARD = """---
+library_name: vlv
+pipeline_tag: image-to-text
+---
+
+# A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104)
+
+The learned weights, of stage {stage}. It captions images (stage 2) and redraws them from its embedding.
+
+| | |
+|---|---|
+| vision encoder | {encoder} |
+| text-to-image model, frozen | {diffusion_model} |
+| language model | {llm} |
+
+    python sample.py photo.jpg --ckpt USER/NAME
+
+The rest of the vision encoder and the text-to-image model are read from the models named above.
+"""
 
 
 def sync(path: Path) -> None:
@@ -55,6 +79,29 @@ def write_whole(path: Path, write) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def write_folder(folder: Path, write, ours: tuple[str, ...]) -> None:
+    """write(new folder), which then takes the name. The folder is always the old one or the new one, whole. Raises OSError,
+    also where it holds other files than those that are `ours`; then nothing has changed."""
+    others = {p.name for p in folder.iterdir()} - set(ours) if folder.is_dir() else ()
+    if others or folder.is_file():
+        raise OSError(f"{folder} holds something else ({min(others, default='a file')}): choose a new folder")
+    new, old = (folder.with_name(f".{folder.name}.vlv-{kind}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        sync(new)  # on the disk before the name is
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)  # find_checkpoint finds it there, should we die before the next line
+    os.rename(new, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
     """A safetensors file, on the disk when this returns. Raises OSError when it cannot be written, ValueError when there is
     an infinity or a NaN to be written."""
@@ -69,18 +116,49 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
         raise OSError(f"cannot write {file}: {' '.join(str(error).split())}") from error
 
 
-def open_tensors(folder: Path, kind: str):
-    """Yields each of a checkpoint's safetensors files of a kind, model or optimizer, opened. Raises OSError when one cannot
-    be read."""
+def open_tensors(folder: Path, kind: str, mapped: bool = False):
+    """Yields each of a checkpoint's safetensors files of a kind, model or optimizer, opened. mapped: tensors that are used as
+    they are cost no reading and no memory of their own; converted ones would be in memory twice. Raises OSError when one
+    cannot be read."""
     files = sorted(folder.glob(f"{kind}*.safetensors"))
     if not files:
         raise OSError(f"the checkpoint {folder} has no {kind}.safetensors")
     for file in files:
         try:
-            with safe_open(file, "pt") as tensors:
+            with safe_open(file, "pt", backend="mmap" if mapped else "pread") as tensors:
                 yield tensors
         except (OSError, SafetensorError) as error:
             raise OSError(f"{file} cannot be read: {error}") from error
+
+
+def read_config(folder: Path, cls, may_change: tuple[str, ...]):
+    """A checkpoint's configuration, a cls. Raises ValueError for one that is not its weights' own, but for the fields that may
+    change: a changed image_size would go unnoticed, and caption badly."""
+    file = folder / "config.json"
+    values = read_json(file)
+    check_names(values, [f.name for f in dataclasses.fields(cls)], file)
+    try:
+        config = cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    for weights in open_tensors(folder, "model"):
+        saved = json.loads((weights.metadata() or {}).get("config", "{}"))
+        for name, value in saved.items():
+            here = json.loads(json.dumps(getattr(config, name, value)))
+            if name not in may_change and here != value:
+                raise ValueError(f"{file}: {name} is {here!r}, but the weights beside it were saved with {value!r}")
+    return config
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart: of config.json, and of the beginning and the end of each file of weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,19 +168,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """`folder` itself when it is a checkpoint, else the newest of its own, else the newest of its runs' (stage1, ...).
-    Raises OSError."""
+    """`folder` itself when it is a checkpoint, else the newest of its own, else the newest of its runs' (stage1, ...), else
+    the checkpoint of that hub id, if it was downloaded. Raises OSError."""
     if not str(folder):
         raise OSError("an empty name is no checkpoint folder")
     folder = Path(folder)
-    old = folder.with_name(f".{folder.name}.vlv-old")  # save_pretrained died between its two renames
+    old = folder.with_name(f".{folder.name}.vlv-old")  # write_folder died between its two renames
     for candidate in [folder, *checkpoints(folder)[::-1], old]:
         if (candidate / "config.json").exists():
             return candidate
     below = [found for run in folder.glob("*/") for found in checkpoints(run)[-1:]]
     if below:
         return max(below, key=lambda p: (p / "config.json").stat().st_mtime)
-    raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, or name another folder")
+    try:
+        return find_checkpoint(snapshot_download(str(folder), local_files_only=True))  # what `hf download` brought
+    except (HFValidationError, LocalEntryNotFoundError):
+        pass
+    raise OSError(f"there is no checkpoint in {folder}; train one with python train.py, download one with hf download, or name"
+                  " another folder")  # fmt: skip
 
 
 def lock(folder: Path) -> tuple:
@@ -159,8 +242,8 @@ class Saver:
             for key in tensors.keys():
                 name, _, kind = key.rpartition(".")
                 found.add(name)
-                if name in mine:  # copied, as the file must not stay mapped
-                    self.optimizer.state[mine[name]][kind] = tensors.get_tensor(key).to(mine[name].device, copy=True)
+                if name in mine:
+                    self.optimizer.state[mine[name]][kind] = tensors.get_tensor(key).to(mine[name].device)
         missing = set(mine) - found
         if found and missing:
             raise ValueError(f"{folder} was trained with other parts: it has no optimizer state of {min(missing)}")
@@ -190,7 +273,7 @@ class Saver:
             write_tensors(self.folder / f"optimizer{self.part}.safetensors", state, self.model.config)
             if self.rank == 0:
                 write_json(self.folder / "trainer.json", {"step": step} | self.about)
-                write_json(self.folder / "config.json", dataclasses.asdict(self.model.config))
+                self.model.save_about(self.folder)
             sync(self.folder)
             self.problem = None
         except (OSError, ValueError) as error:
@@ -316,6 +399,9 @@ class Weights(torch.nn.Module):
 
     def learned_state(self) -> dict[str, torch.Tensor]:
         return self.state_dict()
+
+    def save_about(self, folder: Path) -> None:
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
 
 def measure() -> None:

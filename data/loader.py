@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.settings import Pixels, Settings, Text, parse_settings, printable
@@ -66,6 +66,8 @@ def open_image(file, size: int | None = None) -> Image.Image:
         raise OSError(error.strerror) from error
     except Image.DecompressionBombError:
         raise
+    except UnidentifiedImageError as error:  # whose own text names an object in memory
+        raise OSError("broken image: its format is unknown") from error
     except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
         raise OSError(f"broken image: {error}") from error
 
@@ -87,20 +89,29 @@ class ImageTextDataset(torch.utils.data.Dataset):
     "skipped": [sentence, ...], "unreadable": sentence or None}.
 
     folder: holds *.tar shards at any depth, or else images. with_captions: an image without one counts as broken.
+    captions: the folder of JSON lines that `sample.py --captions_only FOLDER --out CAPTIONS` wrote of the shards. They take the
+    place of the texts; images that have none are left out.
     latents_of: the text-to-image model whose moments data/latents.py has computed ahead; None: no moments.
     A sample that cannot be read is skipped for the next readable one, and named in that item's "skipped"; where a thousand
     in a row cannot, "unreadable" says so, and the image is black.
     `fingerprint` is the same as long as the samples are. Raises ValueError when there is nothing to read.
     """
 
-    def __init__(self, folder: str | Path, size: int, with_captions: bool = False, latents_of: str | None = None):
+    def __init__(self, folder: str | Path, size: int, with_captions=False, latents_of: str | None = None, captions: str = ""):
         self.folder, self.size, self.with_captions, self.broken_shards = Path(folder), size, with_captions, []
         if not self.folder.is_dir():
             raise ValueError(f"data folder {folder} does not exist; make it, or name another with --data or --val_data")
         self.shards = sorted(self.folder.rglob("*.tar"))
         self.files = [] if self.shards else find_images(self.folder)
+        self.captions = None
+        if captions:
+            if not self.shards or not Path(captions).is_dir():
+                what = f"{captions} is no folder" if self.shards else f"{folder} holds no tar shards; its images have NAME.txt"
+                raise ValueError(f"captions must be a folder of JSON lines, of a folder of tar shards, but {what}")
+            self.captions = [Path(captions) / s.relative_to(self.folder).with_suffix(".jsonl") for s in self.shards]
         if self.shards:
-            self.index, self.broken_shards, self.fingerprint = load_index(self.folder, self.shards)
+            keep = Path(captions) if captions else self.folder
+            self.index, self.broken_shards, self.fingerprint = load_index(self.folder, self.shards, self.captions, keep)
         else:
             names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
             self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
@@ -133,15 +144,14 @@ class ImageTextDataset(torch.utils.data.Dataset):
         """Sample i itself. Raises OSError or ValueError, with its name, when it cannot be read."""
         if self.shards:
             shard, image_at, image_size, text_at, text_size = (int(v) for v in self.index[i])
-            with open(self.shards[shard], "rb") as file:
-                # a member's header, which begins with its name, lies 512 bytes before its data
-                name, data, text = (
-                    os.pread(file.fileno(), *span)
-                    for span in [(100, image_at - 512), (image_size, image_at), (text_size, text_at)]
-                )
+            # a member's header, which begins with its name, lies 512 bytes before its data
+            name, data = read_spans(self.shards[shard], (100, image_at - 512), (image_size, image_at))
             name = printable(f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}")
-            source = io.BytesIO(data)
-            text = text.decode(errors="replace") if text_at else None
+            source, text = io.BytesIO(data), None
+            if self.captions:
+                text = json.loads(read_spans(self.captions[shard], (text_size, text_at))[0]).get("caption")
+            elif text_at:
+                text = read_spans(self.shards[shard], (text_size, text_at))[0].decode(errors="replace")
         else:
             source, name = self.files[i], printable(self.files[i])
             text_file = source.with_suffix(".txt")
@@ -156,6 +166,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if moments is not None and not moments.isfinite().all():
             raise ValueError(f"{name}: it has no latents, as it could not be read when data/latents.py ran; run that again")
         return {"image": image, "caption": text.strip() if text else None, "moments": moments}
+
+
+class WithNoise(torch.utils.data.Dataset):
+    """The items of a data set, with the noise that a seed gives them: index (i, seed). So noise is drawn where images are
+    decoded, by the loader's workers. draw_noise: DiffusionDecoder's; None: no noise."""
+
+    def __init__(self, dataset, draw_noise):
+        self.dataset, self.draw_noise = dataset, draw_noise
+
+    def __getitem__(self, place):
+        i, seed = place
+        return self.dataset[i] | {"noise": self.draw_noise([seed]) if self.draw_noise else None}
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
@@ -175,6 +197,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.item
+
+
+def read_spans(path: Path, *spans: tuple[int, int]) -> list[bytes]:
+    """(size, offset) each."""
+    with open(path, "rb") as file:
+        return [os.pread(file.fileno(), *span) for span in spans]
 
 
 def tar_files(file, size: int):
@@ -215,8 +243,9 @@ def tar_files(file, size: int):
         at = data_at + -(-length // 512) * 512
 
 
-def index_shard(path: Path) -> tuple[np.ndarray, str | None]:
-    """(n, 4) int64: image offset, image size, text offset, text size; and what is wrong with the shard, if anything."""
+def read_shard(path: Path) -> tuple[list[str], np.ndarray, str | None]:
+    """The keys of a shard's n images; (n, 4) int64: image offset, image size, text offset, text size (0, 0 where there is no
+    text); and what is wrong with the shard, if anything."""
     samples, problem = {}, None
     try:
         with open(path, "rb") as file:
@@ -227,15 +256,37 @@ def index_shard(path: Path) -> tuple[np.ndarray, str | None]:
                     samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = offset, size
     except (OSError, EOFError, ValueError) as error:
         problem = f"{path}: broken shard ({error}); of it, the {len(samples)} samples before the break are used"
-    return np.array([s for s in samples.values() if s[0]], dtype=np.int64).reshape(-1, 4), problem
+    samples = {key: spans for key, spans in samples.items() if spans[0]}
+    return list(samples), np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4), problem
 
 
-def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str], str]:
-    """(n, 5) int64, memory-mapped: shard, image offset, image size, text offset, text size (0, 0 where there is no
-    text); a sentence for each broken shard; and a fingerprint of all that. Built once, by all cores, kept in `folder`, built
-    again when a shard has changed or the index is damaged."""
-    array_file, stamp_file = folder / "index.bin", folder / "index.json"
-    stamp = [[str(s.relative_to(folder)), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, str | None]:
+    """read_shard's places and problem. captions: sample.py's JSON lines for this shard, to take instead of its texts: of the
+    images that have a line there, and of no others."""
+    keys, spans, problem = read_shard(path)
+    if captions is not None:
+        places, at = {}, 0
+        for line in open(captions, "rb") if captions.exists() else []:
+            try:
+                places[json.loads(line)["image"].partition(".tar/")[2]] = at, len(line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                problem = problem or f"{captions}: byte {at:,} begins no line with image and caption; it is left out"
+            at += len(line)
+        kept = [i for i, key in enumerate(keys) if key in places]
+        spans = spans[kept]
+        spans[:, 2:] = [places[keys[i]] for i in kept] or np.empty((0, 2))
+    return spans, problem
+
+
+def load_index(folder: Path, shards: list[Path], captions: list[Path] | None = None, keep: Path | None = None):
+    """(n, 5) int64, memory-mapped: shard and what read_shard says; a sentence for each broken shard; and a fingerprint of all
+    that. captions: see index_shard. Built once, by all cores, kept in the folder `keep`, built again when a file has changed or
+    the index is damaged."""
+    keep = keep or folder
+    array_file, stamp_file = keep / "index.bin", keep / "index.json"
+    files = [(s, str(s.relative_to(folder))) for s in shards]
+    files += [(c, str(c.relative_to(keep))) for c in captions or [] if c.exists()]
+    stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
     try:
         saved = json.loads(stamp_file.read_text())
         if saved["shards"] == stamp and fingerprint_of(array_file, stamp) == saved["fingerprint"]:
@@ -246,20 +297,21 @@ def load_index(folder: Path, shards: list[Path]) -> tuple[np.ndarray, list[str],
     try:
         stamp_file.unlink(missing_ok=True)
         with ProcessPoolExecutor(min(os.cpu_count(), len(shards))) as pool, open(temporary, "wb") as file:
-            found = pool.map(index_shard, shards)
+            found = pool.map(index_shard, shards, captions or [None] * len(shards))
             bar = tqdm(found, desc=f"indexing {folder}", unit=" shards", total=len(shards), disable=len(shards) < 10)
             for number, (spans, problem) in enumerate(bar):
                 np.insert(spans, 0, number, axis=1).tofile(file)
                 broken += [problem] if problem else []
         if not os.path.getsize(temporary):
             reason = f": {broken[0]}" if broken else ""
-            raise ValueError(f"data folder {folder} has {len(shards)} tar shards, but no images in them{reason}")
+            what = f"with captions in {keep}" if captions else "in them"
+            raise ValueError(f"data folder {folder} has {len(shards)} tar shards, but no images {what}{reason}")
         os.replace(temporary, array_file)
         fingerprint = fingerprint_of(array_file, stamp)
         Path(temporary).write_text(json.dumps({"shards": stamp, "broken": broken, "fingerprint": fingerprint}))
         os.replace(temporary, stamp_file)
     except OSError as error:
-        raise ValueError(f"cannot write the index of the data beside it, in {folder}: {error}") from error
+        raise ValueError(f"cannot write the index of the data, in {keep}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), broken, fingerprint
@@ -316,10 +368,11 @@ def seeds_of(seed: int, step: int, positions) -> list[int]:
 
 
 def collate(items: list[dict]) -> dict:
-    """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "skipped": [sentence],
-    "unreadable": sentence or None}"""
-    with_moments = items[0]["moments"] is not None
+    """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "noise": see draw_noise, or
+    None, "skipped": [sentence], "unreadable": sentence or None}"""
+    with_moments, with_noise = items[0]["moments"] is not None, items[0].get("noise") is not None
     return {
+        "noise": [torch.cat(parts) for parts in zip(*(item["noise"] for item in items))] if with_noise else None,
         "moments": torch.stack([item["moments"] for item in items]) if with_moments else None,
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],

@@ -37,15 +37,15 @@ def prepare_device(device: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join_processes(backend: str) -> None:
-    """Makes the process group of all that torchrun started, and waits for them."""
+def join_processes(backend: str, patience: timedelta = timedelta(hours=1)) -> None:
+    """Makes the process group of all that torchrun started, and waits for them. patience: how long one may wait for another,
+    which may be indexing a new data folder."""
     # After a restart torchrun may hand out the old store, with the addresses of the dead in it: each attempt writes under
     # its own number. (Machines count attempts apart; for several the README has another way.)
-    hour = timedelta(hours=1)  # one process may be indexing a new data folder
-    store, rank, world_size = next(rendezvous("env://", timeout=hour))
+    store, rank, world_size = next(rendezvous("env://", timeout=patience))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     dist.barrier()
     watch_torchrun()
 
@@ -133,7 +133,7 @@ def end_workers() -> None:
         worker.kill()
 
 
-def run(main) -> None:
+def run(main, stopped: str = "stopped before there was anything to save") -> None:
     """Runs a program that other processes take part in, and ends this one. At once: where another was killed, Python's way
     of ending waits for it for ever. So would destroy_process_group, now and then: DDP then holds gloo's group last, whose
     destructor waits for a thread that waits for Python's lock (torch 2.13). Nobody calls it."""
@@ -151,7 +151,7 @@ def run(main) -> None:
             print(code, file=sys.stderr)
             code = 1
     except KeyboardInterrupt:
-        print("stopped before there was anything to save", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         code = 1
     except BaseException:
         traceback.print_exc()

@@ -185,10 +185,10 @@ def main(argv=None):
         rows["true caption"] += decoder.reconstruct(true_captions, **options)
         rows["true caption with map"] += decoder.reconstruct([describe_precisely(t) for t in truths[here]], **options)
         encode = lambda texts: decoder.pipeline.encode_prompt(texts, embeds.device, 1, False)[0]
-        seeds = range(at, at + len(images))
+        noise = decoder.draw_noise(range(at, at + len(images)))
         for name, c in [("empty prompt", encode([""] * len(images))), ("true caption", encode(true_captions)),
                         ("embedding", embeds)]:  # fmt: skip
-            losses[name].append((decoder.denoising_loss(images, c, seeds).item(), len(images)))
+            losses[name].append((decoder.denoising_loss(images, c, noise).item(), len(images)))
         if captioner is not None:
             pairs = captioner.generate_with_ends(embeds, args.num_beams)
             captions += [caption for caption, _ in pairs]
