@@ -125,8 +125,9 @@ def plan(args: SampleConfig, folder: Path, results: Results) -> tuple[Work, list
     if args.mix and (problems or [source.count for source in sources] != [2]):
         raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
     shards = any(source.shard for source in sources)
+    size = 2 if args.mix else args.batch_size or (64 if args.captions_only else 8)
     settings = dict(checkpoint=fingerprint(folder), num_beams=args.num_beams or (1 if shards else 4), precision=args.precision,
-                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size or (64 if args.captions_only else 8))  # fmt: skip
+                    max_new_tokens=args.max_new_tokens, batch_size=size)  # fmt: skip
     if shards and args.captions_only:
         same_as_before(args.out / "settings.json", settings, "choose another --out")
     work = Work(args.out, sources, settings, problems)
@@ -166,14 +167,14 @@ def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Wor
         Images(work.sources, model.config.image_size), batch_sampler=map(work.places, mine), collate_fn=list,
         num_workers=min(args.num_workers, max(0, len(mine) - 1))))  # fmt: skip
     part, written, waited, start = Part(work), 0, 0.0, time.perf_counter()
-    bar = tqdm(total=total, initial=total - left, unit=" captions", disable=rank > 0 or left <= work.batch_size, smoothing=0.02,
-               dynamic_ncols=True)  # fmt: skip
+    bar = tqdm(total=total, initial=total - left, unit=" captions", disable=rank > 0 or left <= work.batch_size, smoothing=0.02)
     for batch in mine:
         before = time.perf_counter()
         items = next(loader)
         waited += time.perf_counter() - before
         good = [item for item in items if not item["problem"]]
-        if good and (len(good) == 2 or not args.mix):
+        good = [] if args.mix and len(good) < 2 else good
+        if good:
             images = torch.stack([torch.from_numpy(item["image"]) for item in good])
             token_embeds = torch.cat([model.encoder(some.to(device)) for some in images.split(ENCODED_AT_ONCE)])
             rows = [[image] for image in images]
@@ -181,15 +182,15 @@ def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Wor
                 split = model.config.num_queries // 2 if args.split is None else args.split
                 good, token_embeds, rows = *mix(good, token_embeds, split), [list(images)]
             captions, columns = express(model, token_embeds, work.made_with["num_beams"], args)
-            for i, item in enumerate(good):
-                item["caption"] = captions[i]
+            for i, (item, caption) in enumerate(zip(good, captions)):
+                item["caption"] = caption
                 if not args.captions_only:
-                    picture = panel([rows[i] + [column[i] for column in columns]], [captions[i] or ""])
-                    results.add(item["name"], captions[i], picture, item["stem"])
+                    picture = panel([rows[i] + [column[i] for column in columns]], [caption or ""])
+                    results.add(item["name"], caption, picture, item["stem"])
         if args.captions_only:
             part.add(batch, items)
         for item in good if world_size == 1 and not work.sources[batch[0]].shard else []:  # after it is kept
-            said = "(no caption: stage 1)" if item["caption"] is None else " ".join(item["caption"].split())
+            said = " ".join((item["caption"] or "(no caption: stage 1)").split())
             print(f"{printable(item['name'])}: {printable(said)}", flush=True)
         work.problems += [item["problem"] for item in items if item["problem"]]
         written, seconds = written + len(good), time.perf_counter() - start
@@ -225,9 +226,9 @@ def main(argv=None) -> int:
                 print(f"checkpoint {folder}: {does}{toy}", file=sys.stderr)
             written = work_through(args, model, device, work, batches, results)
         written = sum(gather(written))
-        if is_main:
-            if args.captions_only:
-                work.finish(results)
+        if is_main and args.captions_only:
+            work.finish(results)
+        elif is_main:
             results.write_all()
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -238,13 +239,12 @@ def main(argv=None) -> int:
             results.close()
     problems = gather(work.problems)[0]
     if is_main:
-        what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
         if written or not problems:
+            what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
             print(f"{what} in {args.out}/" + ("" if batches else "; nothing was left to do"), file=sys.stderr)
-        for problem in problems[:100]:
+        more = [f"and {len(problems) - 100:,} more: see {args.out / 'unreadable.txt'}"] * (len(problems) > 100)
+        for problem in problems[:100] + more:
             print(f"error: {printable(problem)}", file=sys.stderr)
-        if len(problems) > 100:
-            print(f"error: and {len(problems) - 100:,} more: see {args.out / 'unreadable.txt'}", file=sys.stderr)
     return 1 if problems else 0
 
 
