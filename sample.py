@@ -27,6 +27,7 @@ from typing import Annotated, Literal
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the import, which already warns
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -151,15 +152,15 @@ def express(model: VLV, token_embeds: torch.Tensor, num_beams: int, args: Sample
     return captions, columns
 
 
-def mix(items: list[dict], token_embeds: torch.Tensor, split: int) -> tuple[list[dict], torch.Tensor]:
-    """Of two images one item, with some queries of the first and the rest of the second."""
+def mix(items: list[dict], token_embeds: torch.Tensor, split: int | None) -> tuple[list[dict], torch.Tensor]:
+    """Of two images one item, with `split` queries of the first (None: half) and the rest of the second."""
+    split = token_embeds.shape[1] // 2 if split is None else split
     joined = {key: joint.join(item[key] for item in items) for key, joint in [("name", " + "), ("stem", "+")]}
     return [joined], torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
 
 
 def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Work, batches: list, results: Results | None) -> int:
-    """Captions, draws and writes down this process's share of the batches, which workers read ahead. Returns of how many
-    images."""
+    """Captions, draws and writes down this process's share of the batches. Returns how many images that were."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     total, left = sum(source.count for source in work.sources), sum(len(work.places(batch)) for batch in batches)
     mine = batches[rank * len(batches) // world_size : (rank + 1) * len(batches) // world_size]
@@ -175,12 +176,11 @@ def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Wor
         good = [item for item in items if not item["problem"]]
         good = [] if args.mix and len(good) < 2 else good
         if good:
-            images = torch.stack([torch.from_numpy(item["image"]) for item in good])
+            images = torch.from_numpy(np.stack([item["image"] for item in good]))
             token_embeds = torch.cat([model.encoder(some.to(device)) for some in images.split(ENCODED_AT_ONCE)])
             rows = [[image] for image in images]
             if args.mix:
-                split = model.config.num_queries // 2 if args.split is None else args.split
-                good, token_embeds, rows = *mix(good, token_embeds, split), [list(images)]
+                good, token_embeds, rows = *mix(good, token_embeds, args.split), [list(images)]
             captions, columns = express(model, token_embeds, work.made_with["num_beams"], args)
             for i, (item, caption) in enumerate(zip(good, captions)):
                 item["caption"] = caption
@@ -221,18 +221,15 @@ def main(argv=None) -> int:
             dtype, with_unet = choose_dtype(args.precision, device, folder), not args.captions_only
             model = together(lambda: VLV.from_pretrained(folder, with_unet=with_unet, dtype=dtype, device=device))
             if is_main:
-                does = "redraws images, and captions them" if model.config.stage == 2 else "redraws images; stage 2 teaches captions"
                 toy = "; the bundled toy knows nothing but small coloured shapes" if folder == BUNDLED else ""
-                print(f"checkpoint {folder}: {does}{toy}", file=sys.stderr)
+                print(f"checkpoint {folder}, of stage {model.config.stage}{toy}", file=sys.stderr)
             written = work_through(args, model, device, work, batches, results)
         written = sum(gather(written))
-        if is_main and args.captions_only:
-            work.finish(results)
-        elif is_main:
-            results.write_all()
+        if is_main:
+            work.finish(results) if args.captions_only else results.write_all()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         leave(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept there", alone=world_size > 1)
     finally:
         if results:

@@ -1901,11 +1901,23 @@ def test_what_a_checkpoint_brings_is_needed_nowhere_else(tiny, batch, tmp_path):
     assert index["_class_name"] == "StableDiffusionPipeline" and set(again.parts()) == set(model.parts()) - {"unet", "vae"}
     with torch.no_grad():
         assert again.caption_head.generate(again.embed(batch["image"]), num_beams=1, max_new_tokens=8) == captions
+    # the same where they lie as `hf download --include` leaves them
+    for name in ("sd", "florence"):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        shutil.copytree(tmp_path / name, repository / "snapshots" / "1234")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("1234")
+    config = tmp_path / "ckpt" / "config.json"
+    config.write_text(config.read_text().replace(here["diffusion_model"], "someone/sd").replace(here["encoder"], "someone/florence"))
+    command = [sys.executable, HERE / "sample.py", "--captions_only", "--num_beams", "1", "--max_new_tokens", "8", "--batch_size", "1"]
+    command += ["--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", tiny / "data" / "00.png"]
+    said = subprocess.run(command, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}, capture_output=True, text=True)
+    assert said.returncode == 0 and "00.png: " in said.stdout, said.stderr
     # a weight that is nowhere is an error, not a random one
     kept.popitem()
     save_file(kept, file, {"format": "pt"})
     with pytest.raises(OSError, match="it has no weight"):
-        VLV.from_pretrained(tmp_path / "ckpt", with_unet=False)
+        VLV.from_pretrained(tmp_path / "ckpt", with_unet=False, **here)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

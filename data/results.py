@@ -135,7 +135,7 @@ PAGE = """<!doctype html><!-- made by vlv -->
   body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem; color: #222; background: #fff }
   figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin: 0; padding: 1rem 0; border-top: 1px solid #ccc;
            content-visibility: auto; contain-intrinsic-size: auto 17rem }
-  img { max-width: 100%; height: auto; flex: none; align-self: flex-start }
+  img { max-width: min(100%, 48rem); height: auto; flex: none; align-self: flex-start }
   figcaption { flex: 1 1 18rem; overflow-wrap: anywhere }
   p { margin: 0 0 .5rem }
   code { color: #777; font-size: .8rem }
