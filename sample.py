@@ -41,9 +41,8 @@ from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, W
 from data.settings import parse_settings, printable, same_as_before
 from vlv import VLV, load_config
 
-HERE = Path(__file__).parent
-BUNDLED = HERE / "data" / "shapes" / "vlv"
-BUNDLED_PICTURE = HERE / "data" / "shapes" / "example.png"
+BUNDLED = Path(__file__).parent / "data" / "shapes" / "vlv"
+BUNDLED_PICTURE = BUNDLED.parent / "example.png"
 
 
 @dataclass
@@ -129,9 +128,10 @@ def plan(args: SampleConfig, folder: Path, results: Results) -> tuple[Work, list
     size = 2 if args.mix else args.batch_size or (64 if args.captions_only else 8)
     settings = dict(checkpoint=fingerprint(folder), num_beams=args.num_beams or (1 if shards else 4), precision=args.precision,
                     max_new_tokens=args.max_new_tokens, batch_size=size)  # fmt: skip
-    if shards and args.captions_only:
-        same_as_before(args.out / "settings.json", settings, "choose another --out")
     work = Work(args.out, sources, settings, problems)
+    if shards and args.captions_only:
+        work.check_is_ours()
+        same_as_before(args.out / "settings.json", settings, "choose another --out")
     work.count()
     if not args.captions_only:
         return work, work.batches()
@@ -222,7 +222,7 @@ def main(argv=None) -> int:
             model = together(lambda: VLV.from_pretrained(folder, with_unet=with_unet, dtype=dtype, device=device))
             if is_main:
                 toy = "; the bundled toy knows nothing but small coloured shapes" if folder == BUNDLED else ""
-                print(f"checkpoint {folder}, of stage {model.config.stage}{toy}", file=sys.stderr)
+                print(f"checkpoint {folder}, stage {model.config.stage}, {dtype} on {device.type}{toy}", file=sys.stderr)
             written = work_through(args, model, device, work, batches, results)
         written = sum(gather(written))
         if is_main:

@@ -1410,6 +1410,7 @@ def commands(tiny):
     """Every command: its settings, its main, and arguments that suit it."""
     evaluate, prepare, pretrain = (load_script(f"data/shapes/{name}.py") for name in ("evaluate", "prepare", "pretrain"))
     laion, captions6m = (load_script(f"data/{name}/prepare.py") for name in ("laion", "captions6m"))
+    authors = load_script("data/authors/convert.py")
     return {
         "train": (train.TrainConfig, train.main,
                   lambda out: tiny_flags(tiny, out, max_steps=2, val_data=tiny / "data" if "eval_" in str(out) else "")),
@@ -1423,10 +1424,11 @@ def commands(tiny):
         "pretrain": (pretrain.PretrainConfig, pretrain.main, None),  # takes an hour
         "laion": (laion.PrepareConfig, laion.main, lambda out: ["nowhere"]),
         "captions6m": (captions6m.PrepareConfig, captions6m.main, lambda out: ["nowhere"]),
+        "authors": (authors.ConvertConfig, authors.main, lambda out: ["nowhere"]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "latents", "evaluate", "shapes", "pretrain", "laion", "captions6m"])
+@pytest.mark.parametrize("command", ["train", "sample", "latents", "evaluate", "shapes", "pretrain", "laion", "captions6m", "authors"])
 def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tmp_path, command, capsys):
     config, main, arguments = commands[command]
     tried, right = 0, []
@@ -1738,6 +1740,9 @@ def test_every_image_of_a_data_set_has_one_line_and_what_is_unreadable_is_named_
     assert [record["caption"] for record in first] == expected and f"{first[0]['image']}: {expected[0]}" in said.out
     # a second call has nothing to do, and says again what cannot be read
     assert sample.main(caption_all(shards, tmp_path / "out")) == 1 and files_of(tmp_path / "out") == files
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "00001.jsonl").write_text("mine")
+    assert "was not written by this program" in say_what_is_wrong(caption_all(shards, tmp_path / "other"), sample.main)
     # other settings would mix two captioners' lines
     assert "was made with num_beams 6" in say_what_is_wrong(caption_all(shards, tmp_path / "out", num_beams=2), sample.main)
 

@@ -109,7 +109,10 @@ class Work:
             return
         self.parts.mkdir(parents=True, exist_ok=True)
         file = self.parts / "counts.json"
-        known = read_json(file) if file.exists() else {}
+        try:
+            known = read_json(file)
+        except ValueError:  # none yet, or half of one
+            known = {}
         stats = {s.name: [s.shard.stat().st_size, s.shard.stat().st_mtime_ns] for s in shards}
         new = [s for s in shards if known.get(s.name, [None])[0] != stats[s.name] or known[s.name][2]]
         with ProcessPoolExecutor(max(1, min(os.cpu_count(), len(new)))) as pool:
@@ -169,7 +172,10 @@ class Work:
 
     def finish_one(self, source: Source, results: Results | None = None) -> None:
         """Makes the results of a source out of its parts, if it is all there. Where this is killed, it can be done again."""
-        if source.shard and self.final(source).exists() or source.problem and not source.count:
+        if source.problem and not source.count:
+            return
+        if source.shard and self.final(source).exists():
+            shutil.rmtree(self.parts / source.name, ignore_errors=True)  # where it was killed the last time
             return
         parts, expected, captions, problems = self.parts_of(source), 0, [], []
         for start, part in parts:
@@ -225,6 +231,12 @@ class Work:
         if lines or target.exists():
             write_whole(target, lambda path: path.write_text("".join(line + "\n" for line in lines), **TEXT))
         return lines
+
+    def check_is_ours(self) -> None:
+        """Raises ValueError where results are there that this program has not written."""
+        found = [self.final(source) for source in self.sources if source.shard and self.final(source).exists()]
+        if found and not (self.out / "settings.json").exists():
+            raise ValueError(f"{found[0]} was not written by this program: choose another --out")
 
     def check_is_shared(self) -> None:
         """Raises ValueError where the folder is not the one that the first process sees."""

@@ -19,11 +19,11 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
 
-from data.pretrained import Weights, load
 from data.settings import Count, Pixels, Settings, Text, parse_settings
-from sample import quiet
+from sample import quiet  # before what imports transformers
+from data.pretrained import Weights, load
+from transformers import AutoTokenizer
 from vlv import VLV, VLVConfig
 
 LEARNED = [  # theirs -> ours
@@ -54,7 +54,7 @@ SHARED = "model.language_model.model.shared.weight"
 @dataclass
 class ConvertConfig(Settings):
     weights: Path  # their file, or the folder of their files
-    out: Path
+    out: Path = Path("out/authors")
     diffusion_model: Text = VLVConfig.diffusion_model
     encoder: Text = VLVConfig.encoder
     llm: Text = VLVConfig.llm
