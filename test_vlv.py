@@ -2083,6 +2083,17 @@ def test_the_authors_captioner_computes_what_its_parts_compute(tiny, theirs, bat
         assert again.config.stage == 1 and torch.equal(again.embed(batch["image"]), model.embed(batch["image"]))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_goes_on_from_the_authors_weights(tiny, theirs, tmp_path, stage):
+    convert(tiny, write_theirs(theirs, tmp_path / "theirs", "safetensors", tmp_path), tmp_path / "ours")
+    before = weights(tmp_path / "ours")
+    run = train_tiny(tiny, tmp_path / "out", stage=stage, init_from=tmp_path / "ours", max_steps=1, learning_rate=1e-6)
+    after = weights(run)
+    assert set(after) == {name for name in before if stage == 2 or name.startswith("encoder.")}
+    assert all((after[name] - before[name]).abs().max() < 1e-5 for name in after)  # one small step from theirs
+    assert vlv.load_config(find_checkpoint(run)).caption_end == ("token" if stage == 2 else "full stop")
+
+
 def test_what_does_not_fit_in_the_authors_weights_is_named(tiny, theirs, tmp_path):
     def says(state, **overrides):
         shutil.rmtree(tmp_path / "theirs", ignore_errors=True)

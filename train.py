@@ -49,7 +49,7 @@ class TrainConfig(VLVConfig):
     val_data: str = ""  # the same for validation; empty: no validation
     val_captions: str = ""
     out_dir: Text = "out"  # with several machines: on storage that all of them see
-    init_from: str = ""  # stage 2: the stage-1 checkpoint to start from; empty: the newest in OUT_DIR/stage1
+    init_from: str = ""  # the checkpoint to start from, of either stage; empty, in stage 2: the newest in OUT_DIR/stage1
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
     accept_changes: bool = False  # resume with other data, batch size or seed than the run was started with
     device: Literal["cuda", "cpu", "auto"] = "cuda"  # auto: cuda where there is a GPU for each process, else cpu
@@ -226,8 +226,6 @@ def main(argv=None):
                 )
         else:
             return None, False
-        if config.stage == 2 and load_config(source).stage == 2:
-            raise ValueError(f"{source} is a stage-2 checkpoint; stage 2 starts from one of stage 1 (--init_from)")
         return source, False
 
     def open_data():
@@ -248,6 +246,8 @@ def main(argv=None):
     # what no flag says, the checkpoint does
     model_settings = {name: value for name, value in settings.items() if name in VLVConfig.__dataclass_fields__}
     model_settings["stage"] = config.stage
+    if config.stage == 2 and not resumes:
+        model_settings.setdefault("caption_end", "token")  # which is learned from now on, whatever the captions ended with
     if source:
         saved = together(lambda: load_config(source))
         config = dataclasses.replace(config, **dataclasses.asdict(saved) | model_settings)
