@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
         for name in ENCODER_PARTS:
             part = getattr(self, name)
-            weights.fill(part, f"encoder.{name}.", learned) if held else part.to(learned)
+            weights.fill(part, prefix_of(name), learned) if held else part.to(learned)
 
         processor = here(AutoImageProcessor, role="vision encoder's image processor (--encoder)")
         self.size = config.encoder_image_size
@@ -297,13 +297,13 @@ class CaptionHead(nn.Module):
 
     def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
         super().__init__()
-        held = {part: weights.hold(f"caption_head.{part}.") for part in CAPTION_PARTS}  # by the checkpoint
+        held = {part: weights.hold(prefix_of(part)) for part in CAPTION_PARTS}  # by the checkpoint
         brings = held["llm"] and (weights.folder / "llm").is_dir()  # its configuration and tokenizer, too
         here = partial(load, name=str(weights.folder / "llm") if brings else config.llm,
                        random_init=config.random_init and not brings)  # fmt: skip
         if held["llm"]:
             llm_config = here(AutoConfig, role="language model's configuration (--llm)")
-            self.llm = weights.language_model(llm_config, "caption_head.llm.", dtype_of("llm"))
+            self.llm = weights.language_model(llm_config, prefix_of("llm"), dtype_of("llm"))
         else:
             self.llm = here(AutoModelForCausalLM, role="language model (--llm)", dtype=dtype_of("llm"))
         self.tokenizer = here(AutoTokenizer, role="language model's tokenizer (--llm)")
@@ -313,7 +313,7 @@ class CaptionHead(nn.Module):
         width = self.llm.get_input_embeddings().embedding_dim
         with torch.device("meta") if held["mlp"] else nullcontext():
             self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
-        weights.fill(self.mlp, "caption_head.mlp.", dtype_of("mlp")) if held["mlp"] else self.mlp.to(dtype_of("mlp"))
+        weights.fill(self.mlp, prefix_of("mlp"), dtype_of("mlp")) if held["mlp"] else self.mlp.to(dtype_of("mlp"))
 
     def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Cross-entropy of the captions and their end token, given c (B, N, D): the mean over each caption's tokens,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.checkpoint import sync, write_whole
 from data.loader import crop_image, open_image, read_shard, read_spans
-from data.results import TEXT, Results
+from data.results import TEXT, Results, write_lines
 from data.settings import printable, read_json
 
 read_shard_once = lru_cache(maxsize=2)(read_shard)  # a worker's batches come from one shard after the other
@@ -132,6 +132,10 @@ class Work:
     def final(self, source: Source) -> Path:
         return self.out / f"{source.name}.jsonl"
 
+    def noted(self, source: Source) -> Path:
+        """Where it stands what of a source cannot be read."""
+        return self.parts / f"{source.name if source.shard else 'captions'}.unreadable"
+
     def batches_of(self, source: Source) -> int:
         return -(-source.count // self.batch_size)
 
@@ -199,11 +203,11 @@ class Work:
 
     def note(self, source: Source, problems: list[str]) -> None:
         """What of a source cannot be read, in place of what was noted of it before."""
-        file = self.parts / f"{source.name if source.shard else 'captions'}.unreadable"
+        file = self.noted(source)
         problems = [source.problem] * bool(source.problem) + problems
         file.parent.mkdir(parents=True, exist_ok=True)
         if problems or file.exists():
-            write_whole(file, lambda path: path.write_text("".join(printable(p) + "\n" for p in problems), **TEXT))
+            write_lines(file, [printable(problem) + "\n" for problem in problems])
 
     def keep_others(self, results: Results) -> None:
         """What killed calls with other images or settings had done goes into captions.jsonl."""
@@ -221,7 +225,7 @@ class Work:
         """The sentences, which are also in unreadable.txt."""
         lines = []
         for source in self.sources:
-            file = self.parts / f"{source.name if source.shard else 'captions'}.unreadable"
+            file = self.noted(source)
             if source.problem and not source.count:
                 lines.append(printable(source.problem))
             elif file.exists():
@@ -229,7 +233,7 @@ class Work:
                     lines += [line.rstrip("\n") for line in opened]
         target = self.out / "unreadable.txt"
         if lines or target.exists():
-            write_whole(target, lambda path: path.write_text("".join(line + "\n" for line in lines), **TEXT))
+            write_lines(target, [line + "\n" for line in lines])
         return lines
 
     def check_is_ours(self) -> None:

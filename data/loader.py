@@ -145,13 +145,15 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if self.shards:
             shard, image_at, image_size, text_at, text_size = (int(v) for v in self.index[i])
             # a member's header, which begins with its name, lies 512 bytes before its data
-            name, data = read_spans(self.shards[shard], (100, image_at - 512), (image_size, image_at))
-            name = printable(f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}")
-            source, text = io.BytesIO(data), None
+            spans, text_span = [(100, image_at - 512), (image_size, image_at)], (text_size, text_at)
             if self.captions:
-                text = json.loads(read_spans(self.captions[shard], (text_size, text_at))[0]).get("caption")
-            elif text_at:
-                text = read_spans(self.shards[shard], (text_size, text_at))[0].decode(errors="replace")
+                name, data = read_spans(self.shards[shard], *spans)
+                text = json.loads(read_spans(self.captions[shard], text_span)[0]).get("caption")
+            else:
+                name, data, text = read_spans(self.shards[shard], *spans, text_span)
+                text = text.decode(errors="replace") if text_at else None
+            name = printable(f"{self.shards[shard]}:{name.split(bytes(1))[0].decode(errors='replace')}")
+            source = io.BytesIO(data)
         else:
             source, name = self.files[i], printable(self.files[i])
             text_file = source.with_suffix(".txt")

@@ -38,6 +38,11 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
     return sheet
 
 
+def write_lines(path: Path, lines) -> None:
+    """The file, whole, with these lines, each of which has its end."""
+    write_whole(path, lambda unfinished: unfinished.write_text("".join(lines), **TEXT))
+
+
 def is_drawn(path: Path) -> bool:
     """Whether a file is a picture that Results drew, and not another one of its name."""
     try:
@@ -96,10 +101,10 @@ class Results:
         """One line an image, as what add() has replaced goes; and the page."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values()]
         if lines:
-            write_whole(self.path, lambda path: path.write_text("".join(lines), **TEXT))
+            write_lines(self.path, lines)
         page = self.folder / "index.html"
         if self.pictures and (not page.exists() or open(page, **TEXT).readline() == PAGE.split("\n")[0] + "\n"):
-            write_whole(page, lambda path: path.write_text(self.page(), **TEXT))
+            write_lines(page, [self.page()])
 
     def page(self) -> str:
         """The pictures beside their captions. Those that are not on the screen are neither loaded nor laid out, so that a

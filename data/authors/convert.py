@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.settings import Count, Pixels, Settings, Text, parse_settings
 from sample import quiet  # before what imports transformers
-from data.pretrained import Weights, load
+from data.pretrained import Weights, choose_dtype, load
 from transformers import AutoTokenizer
 from vlv import VLV, VLVConfig
 
@@ -159,9 +159,10 @@ def convert(args: ConvertConfig) -> None:
     tokenizer = load(AutoTokenizer, args.encoder, "vision encoder's tokenizer (--encoder)")
     theirs.left["encoder.prompt_embeds"] = theirs.others[SHARED][...][tokenizer(config.prompt).input_ids][None]
     head = theirs.left.pop("caption_head.llm.lm_head.weight", None)  # tied: left out, or there once more
-    if head is not None and not torch.equal(head[...], theirs.left["caption_head.llm.model.embed_tokens.weight"][...]):
+    embeds = theirs.left.get("caption_head.llm.model.embed_tokens.weight")
+    if head is not None and (embeds is None or not torch.equal(head[...], embeds[...])):
         theirs.left["caption_head.llm.lm_head.weight"] = head
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    dtype = choose_dtype(args.precision, torch.device("cpu"), args.out)
     draws = any(name.startswith(("unet.", "vae.")) for name in theirs.others)  # to be compared
     model = VLV(config, with_unet=draws, dtype=dtype, weights=theirs).eval()
     unknown = [theirs.names.get(name, name) for name in theirs.left]
