@@ -26,6 +26,7 @@ import tarfile
 import threading
 import time
 import weakref
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,7 +37,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -44,7 +45,7 @@ from torch.utils._pytree import tree_iter
 import sample
 import train
 import vlv
-from data import checkpoint, latents, settings
+from data import checkpoint, latents, plot, settings
 from data.checkpoint import Saver, checkpoints, find_checkpoint, open_tensors, own
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, crop_image, open_image, tar_files
 from vlv import VLV, VLVConfig
@@ -595,6 +596,49 @@ def test_processes_and_accumulation_give_the_one_process_result(tiny, tmp_path, 
     losses = [[line["loss"] for line in read_log(tmp_path / run / f"stage{stage}")][:2] for run in ("one", "accumulated", "ddp")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def test_a_runs_curves_show_what_its_log_says(tiny, tmp_path):
+    settings = dict(val_data=tiny / "data", eval_interval=2, eval_pictures=0, max_steps=4, log_interval=1)
+    before = np.asarray(Image.open(train_tiny(tiny, tmp_path, **settings) / "curves.png"))
+    after = np.asarray(Image.open(train_tiny(tiny, tmp_path, resume=True, **settings | {"max_steps": 8}) / "curves.png"))
+    for color in plot.COLORS[:2]:  # training and validation
+        count = [(pixels == ImageColor.getrgb(color)).all(-1).sum() for pixels in (before, after)]
+        assert min(count) > 100 and (before != after).any()
+    line = {"a": [(0, 0.0), (1, 2.0, 0.5), (2, 1.0), (3, None)]}
+    pixels = np.asarray(plot.draw_plot(plot.Plot("a", line, dots=True), 800, 600)) == ImageColor.getrgb(plot.COLORS[0])
+    rows, columns = np.nonzero(pixels.all(-1)[100:])  # below the legend
+    heights = [rows[columns == x].mean() for x in (columns.min() + 5, columns.max() - 5)]
+    assert heights[0] > heights[1] > rows.min()  # 0 is below 1, and 2 and its error are above both
+
+
+def test_tensorboard_gets_what_the_log_has_or_is_asked_for(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "pip install tensorboard" in say_what_is_wrong(tiny_flags(tiny, tmp_path, tensorboard=True), train.main)
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = dict(tensorboard=True, val_data=tiny / "data", eval_interval=2, eval_pictures=2, log_interval=1, max_caption_tokens=4)
+    train_tiny(tiny, tmp_path, max_steps=1)
+    train_tiny(tiny, tmp_path, stage=2, max_steps=3, save_interval=2, **settings)
+    run = train_tiny(tiny, tmp_path, stage=2, max_steps=4, resume=True, **settings)
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    lines = read_log(run)
+    for name in ("loss", "val_loss", "images_per_second"):
+        logged = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(event.step, event.value) for event in board.Scalars(name)] == logged and logged
+    assert {event.step for event in board.Images("pictures")} == {2, 3, 4}
+    assert board.Tensors("captions/text_summary")[-1].tensor_proto.string_val[0].decode().startswith("1. ")
+
+
+def test_without_its_denoising_loss_stage_2_is_the_authors(tiny, batch):
+    model = tiny_model(tiny, stage=2, stage2_denoises=False)
+    assert "bart" in model.config.trains and torch.equal(loss_of_caption := model(batch["image"], batch["caption"]),
+                                                         model.caption_head.loss(model.embed(batch["image"]), batch["caption"]))
+    with_it = tiny_model(tiny, stage=2)(batch["image"], batch["caption"])
+    assert with_it > loss_of_caption + 0.1
+    assert VLV(model.config, for_training=True).decoder.unet is None
 
 
 def test_two_evaluations_of_one_model_agree_exactly_and_draw_pictures(tiny, tmp_path):
@@ -1332,6 +1376,161 @@ def test_the_captioned_set_becomes_shards(tiny, tmp_path):
         assert Image.open(tar.extractfile("a-00000000.jpg")).size == (96, 32)
 
 
+def coco_zips(folder: Path, count: int) -> tuple[Path, Path]:
+    """COCO's two files, with `count` images that have captions and one that has none."""
+    rng, images, notes = np.random.default_rng(0), [], []
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "val2014.zip", "w") as archive:
+        for i in range(count + 1):
+            name, file = f"COCO_val2014_{i:012d}.jpg", io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 36)).save(file, "jpeg")
+            archive.writestr(f"val2014/{name}", file.getvalue())
+            images.append({"id": i, "file_name": name})
+            notes += [{"image_id": i, "id": 5 * i + k, "caption": f"{CAPTIONS[i % 4]}, seen by {k}.\n"} for k in range(5) if i < count]
+    with zipfile.ZipFile(folder / "annotations_trainval2014.zip", "w") as archive:
+        archive.writestr("annotations/captions_val2014.json", json.dumps({"images": images, "annotations": notes[::-1]}))
+    return folder / "val2014.zip", folder / "annotations_trainval2014.zip"
+
+
+def test_cocos_zip_files_become_shards_of_the_same_images_each_time(tmp_path):
+    zips = coco_zips(tmp_path, 12)
+    command = [sys.executable, "data/coco/prepare.py", *zips, "--count", "10", "--shard_size", "4"]
+    run = lambda *more: subprocess.run([*map(str, command), *map(str, more)], cwd=HERE, capture_output=True, text=True)
+    assert run("--out", tmp_path / "a").returncode == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "a").glob("*.tar")}
+    assert len(first) == 3
+    (tmp_path / "a" / "00001.tar").unlink()  # as a killed run leaves it
+    assert run("--out", tmp_path / "a").returncode == 0
+    again = ImageTextDataset(tmp_path / "a", 32, with_captions=True)
+    assert len(again) == 10 and all(again[i]["caption"].endswith("seen by 0.") for i in range(10))
+    names = lambda folder: {name for path in folder.glob("*.tar") for name in tarfile.open(path).getnames()}
+    other = run("--out", tmp_path / "b", "--seed", 1)
+    assert other.returncode == 0 and names(tmp_path / "a") != names(tmp_path / "b")
+    with tarfile.open(tmp_path / "a" / "00002.tar") as tar:
+        name = next(name for name in tar.getnames() if name.endswith(".json"))
+        record = json.load(tar.extractfile(name))
+    assert record["image_id"] == int(name[13:25]) and [c[-2] for c in record["captions"]] == list("01234")
+    for arguments, sentence in [(["--seed", 2], "choose another --out"), (["--count", 13], "lower --count")]:
+        end = run("--out", tmp_path / "a", *arguments)
+        assert end.returncode == 1 and sentence in end.stderr and end.stderr.count("\n") == 1
+    command[2:4] = zips[::-1]
+    assert "captions_val2014.json" in run("--out", tmp_path / "c").stderr
+
+
+@pytest.fixture(scope="module")
+def judges(tiny, tmp_path_factory):
+    """Inception's weights and a CLIP, random: a file and a folder."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    root = tmp_path_factory.mktemp("judges")
+    with pytest.MonkeyPatch.context() as patch:  # it has no way to be made without weights
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **kwargs: None)
+        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        torch.manual_seed(0)
+        state = inception.FeatureExtractorInceptionV3("inception", ["2048"]).state_dict()
+    for name, weight in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(weight)
+    torch.save(state, root / "inception.pth")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "sd" / "tokenizer")
+    part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = part | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=24)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=part | dict(image_size=224, patch_size=56))).save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    CLIPImageProcessorPil().save_pretrained(root / "clip")
+    return root
+
+
+def test_fid_is_none_of_a_set_and_itself_grows_with_noise_and_equals_the_closed_form(judges):
+    evaluate = load_script("data/coco/evaluate.py")
+    rng = torch.Generator().manual_seed(0)
+    normal = lambda shape: torch.randn(shape, generator=rng)
+    # of N(0, 1) and N(m, s²) in each of d dimensions: d (m² + (1 - s)²)
+    for mean, deviation in [(0.0, 1.0), (0.5, 1.0), (0.0, 2.0), (1.0, 0.5)]:
+        found = evaluate.frechet_distance(normal((20_000, 8)), mean + deviation * normal((20_000, 8)))
+        assert found == pytest.approx(8 * (mean**2 + (1 - deviation) ** 2), abs=0.1)
+    networks = evaluate.Networks(evaluate.EvaluateConfig(inception=judges / "inception.pth", clip=str(judges / "clip")), torch.device("cpu"))
+    images = torch.nn.functional.interpolate(255 * torch.rand(40, 3, 4, 4, generator=rng), 64)
+    noisy = lambda sigma: list((images + sigma * normal(images.shape)).clamp(0, 255).byte())
+    with torch.inference_mode():
+        features = [networks.see(noisy(sigma))[0] for sigma in (0, 0, 20, 60)]
+    distances = [evaluate.frechet_distance(features[0], other) for other in features[1:]]
+    assert abs(distances[0]) < 1e-3 * distances[1] and distances[1] < distances[2]
+
+
+def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, judges, tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="pip install pycocoevalcap")
+    if not shutil.which("java"):
+        pytest.skip("pycocoevalcap runs Java")
+    prepare = [sys.executable, "data/coco/prepare.py", *coco_zips(tmp_path, 9), "--count", "8", "--shard_size", "3"]
+    subprocess.run([*map(str, prepare), "--out", tmp_path / "shards"], cwd=HERE, check=True, capture_output=True)
+    tiny_model(tiny, stage=2).save_pretrained(tmp_path / "ckpt")
+    lines = [{"image": f"any/where/COCO_val2014_{i:012d}.jpg", "caption": CAPTIONS[i % 4]} for i in range(9)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["data/coco/evaluate.py", "--inception", judges / "inception.pth", "--clip", judges / "clip", "--data", tmp_path / "shards",
+                 "--ckpt", tmp_path / "ckpt", "--captions", tmp_path / "captions.jsonl", "--draw_with", tiny / "sd", "--image_size", 32,
+                 "--guidance_scales", 1, 3, "--num_inference_steps", 2, "--batch_size", 2]  # fmt: skip
+    run = lambda start, *more: subprocess.run([*start, *map(str, [*arguments, *more])], cwd=HERE, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    whole = run(torchrun, "--out", tmp_path / "a")
+    assert whole.returncode == 0, whole.stderr
+    result = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert [(row["kind"], row["guidance_scale"]) for row in result["drawn"]] == [(k, g) for k in ("embedding", "caption") for g in (1, 3)]
+    assert all(math.isfinite(row["FID"]) and -100 <= row["CLIP_similarity"] <= 100 for row in result["drawn"])
+    assert result["images"] == 8 and result["captions"]["BLEU-4"] >= 0 and result["captions"]["CIDEr"] > 0
+    assert Image.open(tmp_path / "a" / "sheet.png").width > 5 * 32
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for lost in ["results.json", "parts/embedding-3/00001.safetensors", "parts/original-0/00002.safetensors"]:  # as a kill leaves it
+        (tmp_path / "b" / lost).unlink()
+    again = run([sys.executable], "--out", tmp_path / "b")
+    assert again.returncode == 0 and again.stdout == whole.stdout.replace(str(tmp_path / "a"), str(tmp_path / "b"))
+    (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    for more, sentence in [(["--out", tmp_path / "c"], "has no caption of"), (["--data", tmp_path], "holds no shards"),
+                           (["--inception", "nowhere"], "are not in nowhere")]:  # fmt: skip
+        end = run([sys.executable], *more)
+        assert end.returncode == 1 and sentence in end.stderr and "Traceback" not in end.stderr
+
+
+@pytest.mark.parametrize("answer, people, right", [
+    ("yes", ["yes"] * 10, 1), ("no", ["yes"] * 10, 0),
+    ("2", ["2"] * 3 + ["3"] * 7, (7 * 1 + 3 * 2 / 3) / 10), ("Two.", ["2"] * 10, 1), ("the red car", ["red car"] * 10, 1),
+    ("red, white", ["red white"] * 10, 1), ("1,000", ["1000"] * 10, 1), ("1.5", ["1.5"] * 10, 1), ("dont know", ["don't know"] * 10, 1),
+    ("none", ["0"] * 2 + ["1"] * 8, (8 * 2 / 3 + 2 * 1 / 3) / 10)])  # fmt: skip
+def test_answers_are_scored_as_vqa_does(answer, people, right):
+    assert load_script("data/coco/questions.py").accuracy(answer, people) == pytest.approx(right)
+
+
+def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tmp_path):
+    lines = [json.dumps({"image": f"COCO_val2014_{i:012d}", "caption": CAPTIONS[i % 4]}) + "\n" for i in range(4)]
+    (tmp_path / "captions.jsonl").write_text("".join(lines))
+    questions = [{"question_id": n, "image_id": n % 5, "question": "what is it"} for n in range(40)]
+    notes = [{"question_id": n, "answer_type": ["number", "other"][n % 2], "multiple_choice_answer": "a cat",
+              "answers": [{"answer": "a cat"}] * 10} for n in range(40)]  # fmt: skip
+    for name, key, values in [("q.zip", "questions", questions), ("a.zip", "annotations", notes)]:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(f"v2_{key}.json", json.dumps({key: values}))
+    arguments = ["data/coco/questions.py", tmp_path / "q.zip", tmp_path / "a.zip", "--captions", tmp_path / "captions.jsonl", "--llm",
+                 tiny / "qwen", "--shots", 2, "--count", 20, "--batch_size", 4]  # fmt: skip
+    run = lambda start, *more: subprocess.run([*start, *map(str, [*arguments, *more])], cwd=HERE, capture_output=True, text=True)
+    whole = run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"], "--out", tmp_path / "a")
+    assert whole.returncode == 0, whole.stderr
+    answers = {file.name: file.read_text().splitlines(keepends=True) for file in (tmp_path / "a").glob("*.jsonl")}
+    records = [json.loads(line) for lines in answers.values() for line in lines]
+    assert len(answers) == 2 and len({record["id"] for record in records}) == 20 and not {r["id"] % 5 for r in records} & {4}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "answers-1.jsonl").write_text("".join(answers["answers-1.jsonl"])[:-5])  # as a kill leaves it
+    again = run([sys.executable], "--out", tmp_path / "b")
+    assert again.returncode == 0 and again.stdout == whole.stdout and "20 questions, 2 shots: all " in again.stdout
+    same = [sorted(json.loads(line)["id"] for file in (tmp_path / name).glob("*.jsonl") for line in file.read_text().splitlines()
+                   if line.endswith("}")) for name in "ab"]  # fmt: skip
+    assert same[0] == same[1]
+    for more, sentence in [(["--count", 31, "--out", tmp_path / "c"], "lower --count"), (["--shots", 0, "--out", tmp_path / "a"], "choose another"),
+                           (["--out", tmp_path / "d", "--llm", "nowhere"], "language model (--llm) 'nowhere'")]:  # fmt: skip
+        end = run([sys.executable], *more)
+        assert end.returncode == 1 and sentence in end.stderr and "Traceback" not in end.stderr
+
+
 def picture(mode: str) -> Image.Image:
     """A red rectangle in the left half of a white or transparent ground."""
     image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
@@ -1410,7 +1609,8 @@ def commands(tiny):
     """Every command: its settings, its main, and arguments that suit it."""
     evaluate, prepare, pretrain = (load_script(f"data/shapes/{name}.py") for name in ("evaluate", "prepare", "pretrain"))
     laion, captions6m = (load_script(f"data/{name}/prepare.py") for name in ("laion", "captions6m"))
-    authors = load_script("data/authors/convert.py")
+    authors, experiments = load_script("data/authors/convert.py"), load_script("data/shapes/experiments.py")
+    coco, coco_evaluate, coco_questions = (load_script(f"data/coco/{name}.py") for name in ("prepare", "evaluate", "questions"))
     return {
         "train": (train.TrainConfig, train.main,
                   lambda out: tiny_flags(tiny, out, max_steps=2, val_data=tiny / "data" if "eval_" in str(out) else "")),
@@ -1425,10 +1625,15 @@ def commands(tiny):
         "laion": (laion.PrepareConfig, laion.main, lambda out: ["nowhere"]),
         "captions6m": (captions6m.PrepareConfig, captions6m.main, lambda out: ["nowhere"]),
         "authors": (authors.ConvertConfig, authors.main, lambda out: ["nowhere"]),
+        "experiments": (experiments.ExperimentsConfig, experiments.main, None),  # takes hours
+        "coco": (coco.PrepareConfig, coco.main, lambda out: [*coco_zips(out, 3), "--count", 2, "--out", out / "shards"]),
+        "coco_evaluate": (coco_evaluate.EvaluateConfig, coco_evaluate.main, None),
+        "coco_questions": (coco_questions.QuestionsConfig, coco_questions.main, None),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "latents", "evaluate", "shapes", "pretrain", "laion", "captions6m", "authors"])
+@pytest.mark.parametrize("command", ["train", "sample", "latents", "evaluate", "shapes", "pretrain", "laion", "captions6m", "authors",
+                                     "experiments", "coco", "coco_evaluate", "coco_questions"])  # fmt: skip
 def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tmp_path, command, capsys):
     config, main, arguments = commands[command]
     tried, right = 0, []
@@ -1437,7 +1642,7 @@ def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tm
             continue
         for value in ["0", "-1", "nan", "inf", "-inf", "1" + "0" * 30, "1" + "0" * 400, "1e30", "many", ""]:
             tried += 1
-            more = arguments(tmp_path / f"{field.name}{tried}") if arguments else []
+            more = arguments(tmp_path / f"{field.name}{tried}") if arguments else ["nowhere"] * 2 * (command == "coco_questions")
             try:
                 settings.read_flags(config, [*map(str, more), f"--{field.name}={value}"], "")
             except ValueError:
@@ -1453,7 +1658,7 @@ def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tm
             assert newest(run) == 2 and all(math.isfinite(line.get("loss", 0)) for line in read_log(run))
         if command == "evaluate":
             assert "NaN" not in Path(more[-1]).read_text()
-    assert {"train": 9, "sample": 3, "shapes": 1, "evaluate": 2}.get(command, 0) <= len(right)
+    assert {"train": 9, "sample": 3, "shapes": 1, "evaluate": 3}.get(command, 0) <= len(right)
     if command != "latents":
         with pytest.raises(SystemExit) as exit:
             main(["--help"])
@@ -2222,6 +2427,76 @@ def test_the_eye_that_judges_drawings_sees_the_original_scenes_rightly():
     assert score_captions(truths, [describe(t) for t in truths[1:] + truths[:1]])["exact"] < 0.1
     assert score_pictures(truths, [draw(t) for t in truths[1:] + truths[:1]])["perfect"] < 0.1
     assert parse("something else") == {"background": None, "objects": []}
+
+
+def test_every_image_of_a_batch_can_have_noise_of_its_own(toy, toy_images):
+    with torch.no_grad():
+        embeds = toy.embed(toy_images[0][:2])
+    draw = lambda some, seed: [np.asarray(p).astype(int) for p in toy.decoder.reconstruct(some, num_inference_steps=3, seed=seed)]
+    together, alone = draw(embeds, [5, 6]), [draw(embeds[:1], 5)[0], draw(embeds[1:], [6])[0]]
+    assert all(abs(a - b).max() <= 1 for a, b in zip(together, alone))
+    assert abs(draw(embeds[:1], 6)[0] - together[0]).max() > 1
+
+
+def test_a_seed_of_its_own_gives_other_scenes_and_only_the_rows_that_are_asked_for(tmp_path):
+    evaluate, results = load_script("data/shapes/evaluate.py"), []
+    for seed in (0, 1):
+        evaluate.main(["--images", "3", "--rows", "original", "--seed_of_scenes", str(seed), "--json", str(tmp_path / "json")])
+        results.append(json.loads((tmp_path / "json").read_text()))
+        assert results[-1]["original"]["found"] == 1 and "embedding" not in results[-1]
+    assert results[0]["denoising_loss"] != results[1]["denoising_loss"]
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    return load_script("data/shapes/experiments.py")
+
+
+def test_the_experiments_runs_are_what_train_takes_and_share_their_beginning(experiments):
+    runs = experiments.all_runs(list(experiments.TRAINED))
+    assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 6 + 3 + 3 + 4 + 2)
+    for number, run in enumerate(runs):
+        flags = [str(flag) for flag in run.flags()]
+        config = train.resolve(train.read_settings(["--stage", str(run.stage), "--config", str(TOY.parent / "config.json"), *flags]), 1)
+        assert config.stage == run.stage and config.max_steps in (*experiments.STEPS.values(), sum(experiments.STEPS.values()))
+        assert run.after is None or run.after in runs[:number] and run.after.seed == run.seed and run.after.queries == run.queries
+
+
+def test_a_probe_finds_what_is_linear_and_errors_are_a_bootstraps(experiments):
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(300, 400)), rng.normal(size=(400, 3)) * (np.arange(400) < 5)[:, None]
+    probe = experiments.Ridge()
+    probe.fit(features[:250], features[:250] @ weights + 7)
+    error = np.square(probe.predict(features[250:]) - features[250:] @ weights - 7).mean()
+    assert error < 0.8 * (features[250:] @ weights).var()
+    wide = experiments.Ridge()
+    wide.fit(features[:250, :20], features[:250, :20] @ weights[:20])
+    assert np.square(wide.predict(features[250:, :20]) - features[250:, :20] @ weights[:20]).mean() < 1e-6
+    value, error = experiments.bootstrap(list(rng.normal(3, 2, 400)), lambda items: {"mean": np.mean(items)})["mean"]
+    assert value == pytest.approx(3, abs=0.4) and error == pytest.approx(2 / 400**0.5, rel=0.3)
+
+
+def test_experiments_on_a_checkpoint_are_written_whole_and_not_done_twice(experiments, tmp_path, capsys):
+    command = ["mixing", "--scenes", "8", "--out", str(tmp_path)]
+    experiments.main(command)
+    result = json.loads((tmp_path / "experiments.json").read_text())["mixing"]["rows"]
+    first, last = result[0], result[-1]
+    assert first["objects of A drawn"][0] < 0.3 < 0.7 < last["objects of A drawn"][0]
+    assert first["objects of B said"][0] > 0.7 > 0.3 > last["objects of B said"][0]
+    assert (tmp_path / "mixing-examples.png").exists() and "to do: mixing" in capsys.readouterr().out
+    (tmp_path / "mixing.png").unlink()
+    experiments.main(command)
+    assert not (tmp_path / "mixing.png").exists() and "to do: nothing" in capsys.readouterr().out
+
+
+def test_where_a_query_looks_sums_to_what_the_image_gets(experiments, toy_images):
+    subject, images = experiments.Subject(str(TOY), 2), toy_images[0][:2]
+    with torch.inference_mode():
+        before = subject.model.encoder(images)
+        weights = experiments.cross_attention(subject, images)
+        assert weights.shape == (2, subject.token_embeds.shape[1], 8, 8)
+        assert (weights >= 0).all() and (weights.sum((-1, -2)) <= 1 + 1e-5).all() and weights.sum((-1, -2)).min() > 0.05
+        assert torch.equal(subject.model.encoder(images), before)
 
 
 def test_committed_weights_stay_small():

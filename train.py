@@ -6,11 +6,13 @@ Trains VLV. One loop, both stages: stage 1 learns to redraw images (images only)
     torchrun --nproc_per_node=8 train.py --stage 2 --resume            # go on where a killed run was
 
 Flags override the JSON file of --config, the file overrides the defaults, and the defaults are the paper's recipe.
-A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two), log.jsonl, step-000100.png.
+A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two), log.jsonl, curves.png,
+step-000100.png.
 """
 
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 from data.checkpoint import Journal, Saver, checkpoints, find_checkpoint, own
 from data.loader import ImageTextDataset, SyntheticDataset, WithNoise, batch_indices, collate, seeds_of
+from data.plot import draw_curves
 from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, one_first, prepare_device, run
 from data.processes import start_workers, together
 from data.settings import Count, Seed, Text, Whole, check_names, read_flags, read_json
@@ -78,6 +81,7 @@ class TrainConfig(VLVConfig):
     eval_images: Count = 512  # how many validation images the loss is measured on
     eval_pictures: Whole = 8  # how many of them are drawn; 0: none
     benchmark: Whole = 0  # measure so many steps on synthetic images, and save nothing
+    tensorboard: bool = False  # write log, pictures and captions for TensorBoard, too
     usd_per_gpu_hour: Annotated[float, ">= 0"] = 2.5  # only for what the run says about its cost
 
     @property
@@ -118,6 +122,8 @@ def resolve(settings: dict, world_size: int) -> TrainConfig:
     """The run's settings, checked."""
     given = {name: value for name, value in settings.items() if value is not None}
     config = TrainConfig(**(RECIPE.get(settings.get("stage", 1), {}) | given))
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is missing: install it with pip install tensorboard, or leave --tensorboard out")
     share, rest = divmod(config.batch_size, world_size)
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if config.stage == 1 else 8)
     if rest or not share or share % config.micro_batch_size:
@@ -320,7 +326,7 @@ def main(argv=None):
     say(model.describe())
     say(f"  memory a process: {weights:.2f} GB of weights, {gradients:.2f} GB of gradients,"
         f" {2 * gradients / world_size:.2f} GB of optimizer state, and the activations")  # fmt: skip
-    journal = Journal(run_dir, start, is_main and not config.benchmark)
+    journal = Journal(run_dir, start, is_main and not config.benchmark, config.tensorboard)
     journal.write(Path.write_text, "settings.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if is_main:
         journal.skip(dataset.broken_shards)
@@ -356,7 +362,7 @@ def main(argv=None):
                 if config.stage == 2:
                     captions = model.caption_head.generate(prompt_embeds, max_new_tokens=config.max_caption_tokens)
             picture = panel([[image, drawn] for image, drawn in zip(images, redrawn)], captions)
-            journal.write(lambda path: picture.save(path), f"step-{step:06d}.png")
+            journal.show(step, picture, captions)
         model.train()
         return total / count if count else None
 
@@ -461,10 +467,12 @@ def main(argv=None):
         if bad_in_a_row == BAD_STEPS:
             stop(f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done:,}; the last checkpoint"
                   f" in {run_dir} is untouched by them: look at the data, or lower the learning rate")  # fmt: skip
-        if val_dataset is not None and (done % config.eval_interval == 0 or finished):
-            val_loss = evaluate(done)
-            journal.log(step=done, val_loss=val_loss)
-            say(f"step {done:,}: validation loss {val_loss or math.nan:.5f}")
+        if done % config.eval_interval == 0 or finished:
+            if val_dataset is not None:
+                val_loss = evaluate(done)
+                journal.log(step=done, val_loss=val_loss)
+                say(f"step {done:,}: validation loss {val_loss or math.nan:.5f}")
+            journal.write(draw_curves, "curves.png")
         saves = done % config.save_interval == 0 or finished or reason is not None
         before = time.perf_counter()
         if saver.thread is not None and (saves or not writing):

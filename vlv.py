@@ -60,6 +60,7 @@ class VLVConfig(Settings):
     # would forget how to redraw the image; with mlp and llm alone it goes.
     stage1_trains: Annotated[tuple[Literal[ENCODER_PARTS], ...], "that is not empty"] = ("bart", "queries", "projection")
     stage2_trains: Annotated[tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...], "that is not empty"] = ("bart", "mlp", "llm")
+    stage2_denoises: bool = True  # where it trains the encoder; false: the authors' recipe, which forgets how to redraw
     random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
 
     @property
@@ -76,7 +77,7 @@ class VLVConfig(Settings):
     @property
     def denoises(self) -> bool:
         """Whether this stage's loss has the denoising term."""
-        return self.stage == 1 or any(part in ENCODER_PARTS for part in self.stage2_trains)
+        return self.stage == 1 or self.stage2_denoises and any(part in ENCODER_PARTS for part in self.stage2_trains)
 
 
 def stay(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -267,12 +268,13 @@ class DiffusionDecoder(nn.Module):
         return F.mse_loss(prediction.float(), target.float())
 
     @torch.no_grad()
-    def reconstruct(self, prompt, num_inference_steps: int = 50, guidance_scale: float = 2.0, seed: int = 0) -> list:
+    def reconstruct(self, prompt, num_inference_steps: int = 50, guidance_scale: float = 2.0, seed: int | list[int] = 0) -> list:
         """Draws from c, (B, N, D), or from B texts (or a single one); returns B PIL images of side S. Each image starts
-        from the noise of `seed`, whatever its batch. Use another diffusers scheduler by setting `self.pipeline.scheduler`.
-        Raises ValueError when there is nothing to draw."""
+        from the noise of `seed`, or of its own of B seeds, whatever its batch. Use another diffusers scheduler by setting
+        `self.pipeline.scheduler`. Raises ValueError when there is nothing to draw."""
         prompt = [prompt] if isinstance(prompt, str) else prompt
         check_batch(prompt)
+        seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
         if self.unet is None:
             device, dtype = self.text_encoder.device, self.text_encoder.dtype
             self.load(True, dtype)
@@ -281,7 +283,7 @@ class DiffusionDecoder(nn.Module):
         kwargs = {"prompt": prompt} if is_text else {"prompt_embeds": prompt.to(self.unet.dtype)}
         return self.pipeline(
             **kwargs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for _ in range(len(prompt))],
+            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).images  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
@@ -325,11 +326,16 @@ def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 class Journal:
     """The files beside a run's checkpoints, which it can do without: where one cannot be written, the run says so and goes
-    on. What log.jsonl says of steps after `start`, from where the run goes on, is taken out, as it comes again."""
+    on. What log.jsonl says of steps after `start`, from where the run goes on, is taken out, as it comes again.
+    tensorboard: write the same for TensorBoard, too, into RUN_DIR/tensorboard."""
 
-    def __init__(self, run_dir: Path, start: int, writes_log: bool):
-        self.run_dir, self.writes_log = run_dir, writes_log
+    def __init__(self, run_dir: Path, start: int, writes_log: bool, tensorboard: bool = False):
+        self.run_dir, self.writes_log, self.board = run_dir, writes_log, None
         self.write(partial(cut_log, start=start), "log.jsonl")
+        if tensorboard and writes_log:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1)
 
     def write(self, function, name: str, *args) -> None:
         """function(RUN_DIR/NAME, *args), on the process that keeps the log."""
@@ -342,8 +348,20 @@ class Journal:
         except OSError as error:
             tqdm.write(f"error: {self.run_dir / name} is not written: {error.strerror or error}")
 
-    def log(self, **values) -> None:
-        self.write(append, "log.jsonl", json.dumps(values))
+    def log(self, step: int, **values) -> None:
+        self.write(append, "log.jsonl", json.dumps({"step": step, **values}))
+        for name, value in values.items() if self.board else ():
+            if value is not None:
+                self.write(lambda path: self.board.add_scalar(name, value, step), "tensorboard")
+
+    def show(self, step: int, picture, captions: list[str]) -> None:
+        """Keeps what the model draws and says after `step` steps; picture: a PIL image."""
+        self.write(lambda path: picture.save(path), f"step-{step:06d}.png")
+        if self.board:
+            self.write(lambda path: self.board.add_image("pictures", np.asarray(picture), step, dataformats="HWC"), "tensorboard")
+            text = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
+            self.write(lambda path: self.board.add_text("captions", text, step), "tensorboard")
+            self.write(lambda path: self.board.flush(), "tensorboard")
 
     def skip(self, sentences: list[str]) -> None:
         """Notes samples that could not be read, of whatever process."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from data.checkpoint import lock, write_whole
+from data.loader import IMAGE_ENDINGS
 
 # "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
 TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -41,6 +42,22 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
 def write_lines(path: Path, lines) -> None:
     """The file, whole, with these lines, each of which has its end."""
     write_whole(path, lambda unfinished: unfinished.write_text("".join(lines), **TEXT))
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """{key: caption} of JSON lines; an image's key is the last part of its name, without an image's ending."""
+    captions = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(open(file, **TEXT), 1):
+            try:
+                record = json.loads(line)
+                name = str(record["image"]).rsplit("/", 1)[-1]
+                caption = record["caption"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}, line {number}: must be {{\"image\": NAME, \"caption\": TEXT}}") from None
+            stem, ending = os.path.splitext(name)
+            captions[stem if ending.lower() in IMAGE_ENDINGS else name] = " ".join((caption or "").split())
+    return captions
 
 
 def is_drawn(path: Path) -> bool:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -124,29 +124,46 @@ def score_captions(truths: list[dict], captions: list[str]) -> dict:
     return dict(exact=exact / len(truths), attributes=right / attributes)
 
 
+def judge(truth: dict, picture: Image.Image) -> dict:
+    """What is right in one picture: its PSNR in dB; for each true object whether it was found and its attributes are right;
+    of the found ones the distance and the difference of the half widths, in pixels; and whether nothing is wrong."""
+    error = np.square(np.asarray(draw(truth), float) - np.asarray(picture, float)).mean()
+    seen = see(picture)
+    pairs = pair(truth["objects"], seen["objects"], distance)
+    right = [[f is not None] + [f is not None and t[a] == f[a] for a in ATTRIBUTES] for t, f in pairs]
+    perfect = np.all(right) and len(seen["objects"]) == len(pairs) and seen["background"] == truth["background"]
+    return dict(psnr=10 * np.log10(255**2 / max(error, 1e-2)), right=right, perfect=bool(perfect),
+                offsets=[distance(t, f) for t, f in pairs if f is not None],
+                size_errors=[abs(t["r"] - f["r"]) for t, f in pairs if f is not None])  # fmt: skip
+
+
+def distance(t: dict, f: dict) -> float:
+    return float(np.hypot(t["x"] - f["x"], t["y"] - f["y"]))
+
+
+def summarize(judged: list[dict]) -> dict:
+    """Of judged pictures: the mean PSNR, the shares of true objects that were found and rightly drawn, the mean offset and
+    error of the half width of the found ones, and the share of pictures with nothing wrong."""
+    shares = np.mean([row for j in judged for row in j["right"]], axis=0).tolist()
+    mean = lambda name: float(np.mean([v for j in judged for v in j[name]] or [np.nan]))
+    return dict(psnr=float(np.mean([j["psnr"] for j in judged])), **dict(zip(("found",) + ATTRIBUTES, shares)),
+                offset=mean("offsets"), size_error=mean("size_errors"),
+                perfect=float(np.mean([j["perfect"] for j in judged])))  # fmt: skip
+
+
 def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
-    """PSNR in dB (the mean over pictures), the shares of true objects found and rightly drawn, the mean distance of
-    the found ones in pixels, and the share of pictures with nothing wrong."""
-    distance = lambda t, f: np.hypot(t["x"] - f["x"], t["y"] - f["y"])
-    psnr, rows, offsets, perfect = [], [], [], []
-    for truth, picture in zip(truths, pictures):
-        error = np.square(np.asarray(draw(truth), float) - np.asarray(picture, float)).mean()
-        psnr.append(10 * np.log10(255**2 / max(error, 1e-2)))
-        seen = see(picture)
-        pairs = pair(truth["objects"], seen["objects"], distance)
-        here = [[f is not None] + [f is not None and t[a] == f[a] for a in ATTRIBUTES] for t, f in pairs]
-        offsets += [distance(t, f) for t, f in pairs if f is not None]
-        all_right = np.all(here) and len(seen["objects"]) == len(pairs) and seen["background"] == truth["background"]
-        perfect.append(bool(all_right))
-        rows += here
-    shares = dict(zip(("found",) + ATTRIBUTES, np.mean(rows, axis=0).tolist()))
-    return dict(psnr=float(np.mean(psnr)), **shares, offset=float(np.mean(offsets or [np.nan])), perfect=np.mean(perfect))
+    return summarize([judge(truth, picture) for truth, picture in zip(truths, pictures)])
+
+
+ROWS = ("original", "VAE alone", "embedding", "generated caption", "true caption", "true caption with map", "embedding of another")
 
 
 @dataclass
 class EvaluateConfig(Settings):
     ckpt: Text = str(HERE / "vlv")
     images: Annotated[int, ">= 1", f"<= {SPLITS['val']}"] = SPLITS["val"]  # the others were not kept from training
+    seed_of_scenes: Seed = 0  # 0: the validation scenes; others: new pictures, a fifth with captions that were trained on
+    rows: Annotated[tuple[Literal[ROWS], ...], "that is not empty"] = ROWS
     num_inference_steps: Steps = 25
     guidance_scale: Guidance = 2.0
     num_beams: Beams = 4
@@ -165,25 +182,28 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     decoder, captioner = model.decoder, model.caption_head
-    truths = list(scenes("val", args.images))
+    truths = list(scenes("val", args.images, args.seed_of_scenes))
     originals = torch.stack([torch.from_numpy(np.array(draw(t))).permute(2, 0, 1) for t in truths])
-    options = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, seed=args.seed)
-    rows = {"original": [], "VAE alone": [], "embedding": [], "generated caption": [], "true caption": [],
-            "true caption with map": [], "embedding of another": []}  # fmt: skip
+    rows = {row: [] for row in args.rows if row != "generated caption" or captioner}
     captions, ended, losses = [], [], {"empty prompt": [], "true caption": [], "embedding": []}
     prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])
+
+    def redraw(row, prompt):
+        if row in rows:
+            rows[row] += decoder.reconstruct(prompt, args.num_inference_steps, args.guidance_scale, args.seed)
+
     for at in tqdm(range(0, len(truths), args.batch_size), desc="evaluating", unit=" batches"):
         here = slice(at, at + args.batch_size)
-        images, embeds = originals[here], prompt_embeds[here]
-        rows["original"] += [draw(t) for t in truths[here]]
-        decoded = decoder.vae.decode(decoder.vae.encode(images / 127.5 - 1).latent_dist.mode()).sample
-        rows["VAE alone"] += decoder.pipeline.image_processor.postprocess(decoded)
-        rows["embedding"] += decoder.reconstruct(embeds, **options)
-        others = prompt_embeds.roll(1, 0)[here]
-        rows["embedding of another"] += decoder.reconstruct(others, **options)
-        true_captions = [describe(t) for t in truths[here]]
-        rows["true caption"] += decoder.reconstruct(true_captions, **options)
-        rows["true caption with map"] += decoder.reconstruct([describe_precisely(t) for t in truths[here]], **options)
+        images, embeds, true_captions = originals[here], prompt_embeds[here], [describe(t) for t in truths[here]]
+        if "original" in rows:
+            rows["original"] += [draw(t) for t in truths[here]]
+        if "VAE alone" in rows:
+            decoded = decoder.vae.decode(decoder.vae.encode(images / 127.5 - 1).latent_dist.mode()).sample
+            rows["VAE alone"] += decoder.pipeline.image_processor.postprocess(decoded)
+        redraw("embedding", embeds)
+        redraw("embedding of another", prompt_embeds.roll(1, 0)[here])
+        redraw("true caption", true_captions)
+        redraw("true caption with map", [describe_precisely(t) for t in truths[here]])
         encode = lambda texts: decoder.pipeline.encode_prompt(texts, embeds.device, 1, False)[0]
         noise = decoder.draw_noise(range(at, at + len(images)))
         for name, c in [("empty prompt", encode([""] * len(images))), ("true caption", encode(true_captions)),
@@ -193,7 +213,7 @@ def main(argv=None):
             pairs = captioner.generate_with_ends(embeds, args.num_beams)
             captions += [caption for caption, _ in pairs]
             ended += [end for _, end in pairs]
-            rows["generated caption"] += decoder.reconstruct(captions[here], **options)
+            redraw("generated caption", captions[here])
     result = {"images": len(truths)}
     print(f"{args.ckpt} on {len(truths)} held-out scenes, {args.num_inference_steps} steps, guidance {args.guidance_scale}")
     result["denoising_loss"] = {k: sum(v * n for v, n in pairs) / len(truths) for k, pairs in losses.items()}
@@ -204,12 +224,11 @@ def main(argv=None):
               " themselves".format(**result["captions"]))  # fmt: skip
     print(f"{'redrawn from':22} PSNR dB | found  colour  shape   size  place | all right | off by px")
     for name, pictures in rows.items():
-        if pictures:
-            s = result[name] = score_pictures(truths, pictures)
-            print(f"{name:22} {s['psnr']:7.2f} | {s['found']:5.1%}  {s['color']:6.1%} {s['shape']:6.1%} {s['size']:6.1%}"
-                  f" {s['place']:6.1%} | {s['perfect']:9.1%} | {s['offset']:.2f}")  # fmt: skip
+        s = result[name] = score_pictures(truths, pictures)
+        print(f"{name:22} {s['psnr']:7.2f} | {s['found']:5.1%}  {s['color']:6.1%} {s['shape']:6.1%} {s['size']:6.1%}"
+              f" {s['place']:6.1%} | {s['perfect']:9.1%} | {s['offset']:.2f}")  # fmt: skip
     if args.picture:
-        columns = ["original", "embedding"] + ["generated caption"] * bool(captions)
+        columns = [row for row in ("original", "embedding", "generated caption") if row in rows]
         panel(list(zip(*(rows[name] for name in columns))), captions or [""] * len(truths)).save(args.picture)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
