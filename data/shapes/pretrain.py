@@ -79,7 +79,7 @@ def train_vae(images, steps):
         return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().mean()
 
     fit("vae", [vae], loss_of, steps, lr=1e-3, batch_size=64, count=len(images), precision=torch.bfloat16)
-    return vae
+    return (vae,)
 
 
 @torch.no_grad()
@@ -89,7 +89,8 @@ def encode_images(vae, images):
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
-def train_sd(vae, images, texts, precise_texts, steps):
+def train_sd(vae_path, images, texts, precise_texts, steps):
+    vae = AutoencoderKL.from_pretrained(vae_path)
     mean, std = encode_images(vae, images)
     vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
     tokenizer = CLIPTokenizer().train_new_from_iterator(
@@ -126,16 +127,16 @@ def train_sd(vae, images, texts, precise_texts, steps):
         return F.mse_loss(unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample, velocity)
 
     fit("sd", [text_encoder, unet], loss_of, steps, lr=1e-3, batch_size=64, count=len(images))
-    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-                                   scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)  # fmt: skip
+    return (StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+                                    scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                                    requires_safety_checker=False),)  # fmt: skip
 
 
-def train_qwen(texts, steps):
+def train_qwen(texts, steps, width=128, layers=4):
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts[:5000], vocab_size=500, show_progress=False)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))  # fmt: skip
     batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, padding_side="right", return_tensors="pt")
@@ -239,10 +240,10 @@ class PretrainConfig(Settings):
     out: Path = HERE / "models"
     scenes: Count = 60_000
     vae_steps: Count = 5000
-    sd_steps: Count = 3000
+    sd_steps: Count = 8000
     qwen_steps: Count = 800
-    region_steps: Count = 800
-    florence_steps: Count = 1200
+    region_steps: Count = 4000
+    florence_steps: Count = 2000
     seed: Seed = 1
 
 
@@ -256,15 +257,17 @@ def main(argv=None):
     images = images.permute(0, 3, 1, 2).contiguous()  # (n, 3, 32, 32) uint8
     texts, precise_texts = [describe(s) for s in drawn], [describe_precisely(s) for s in drawn]
     vae_path, sd_path = args.out / "vae", args.out / "sd"
-    if not vae_path.exists() and not sd_path.exists():
-        save(vae_path, train_vae(images, args.vae_steps))
-    if not (args.out / "qwen").exists():
-        save(args.out / "qwen", *train_qwen(texts, args.qwen_steps))
-    if not (args.out / "florence").exists():
-        save(args.out / "florence", *train_florence(images, texts, drawn, args.region_steps, args.florence_steps))
-    if not sd_path.exists():
-        save(sd_path, train_sd(AutoencoderKL.from_pretrained(vae_path), images, texts, precise_texts, args.sd_steps))
-        shutil.rmtree(vae_path)  # it lives in sd/vae now
+
+    def make(path, train, *arguments):
+        if not path.exists() and not (path == vae_path and sd_path.exists()):
+            torch.manual_seed(args.seed)  # so that a part is the same whichever others are skipped
+            save(path, *train(*arguments))
+
+    make(args.out / "qwen", train_qwen, texts, args.qwen_steps)
+    make(args.out / "florence", train_florence, images, texts, drawn, args.region_steps, args.florence_steps)
+    make(vae_path, train_vae, images, args.vae_steps)
+    make(sd_path, train_sd, vae_path, images, texts, precise_texts, args.sd_steps)
+    shutil.rmtree(vae_path, ignore_errors=True)  # it lives in sd/vae now
 
 
 if __name__ == "__main__":
