@@ -1485,6 +1485,9 @@ def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, judges,
         (tmp_path / "b" / lost).unlink()
     again = run([sys.executable], "--out", tmp_path / "b")
     assert again.returncode == 0 and again.stdout == whole.stdout.replace(str(tmp_path / "a"), str(tmp_path / "b"))
+    (pickled := tmp_path / "pickled").write_bytes(pickle.dumps(Path("anything but tensors")))
+    end = run([sys.executable], "--out", tmp_path / "d", "--inception", pickled)
+    assert end.returncode == 1 and "holds no weights" in end.stderr and "Traceback" not in end.stderr
     (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0]) + "\n")
     for more, sentence in [(["--out", tmp_path / "c"], "has no caption of"), (["--data", tmp_path], "holds no shards"),
                            (["--inception", "nowhere"], "are not in nowhere")]:  # fmt: skip

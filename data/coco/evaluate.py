@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import sys
 import tarfile
 import warnings
@@ -31,16 +32,18 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.checkpoint import find_checkpoint, fingerprint, write_json, write_whole
 from data.loader import IMAGE_ENDINGS, crop_image, open_image, seeds_of
-from data.pretrained import choose_dtype
+from data.pretrained import choose_dtype, load
 from data.processes import gather, join_processes, prepare_device, run, together
 from data.results import panel, read_captions
 from data.settings import Count, Guidance, Pixels, Seed, Settings, Steps, Text, parse_settings, same_as_before
@@ -65,13 +68,13 @@ class EvaluateConfig(Settings):
     out: Path = Path("results")
 
 
-def read_shard(path: Path) -> list[tuple[str, bytes, list[str]]]:
-    """(key, image file, captions) of each image, by key."""
+def read_shard(path: Path, images: bool = True) -> list[tuple[str, bytes | None, list[str]]]:
+    """(key, image file, captions) of each image, by key. images: read them, too."""
     with tarfile.open(path) as tar:
-        files = {name: tar.extractfile(name).read() for name in tar.getnames()}
+        files = {member.name: tar.extractfile(member).read() for member in tar if images or member.name.endswith(".json")}
     keys = sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
-    images = {Path(name).stem: data for name, data in files.items() if Path(name).suffix.lower() in IMAGE_ENDINGS}
-    return [(key, images[key], json.loads(files[key + ".json"])["captions"]) for key in keys]
+    found = {Path(name).stem: data for name, data in files.items() if Path(name).suffix.lower() in IMAGE_ENDINGS}
+    return [(key, found.get(key), json.loads(files[key + ".json"])["captions"]) for key in keys]
 
 
 class Networks:
@@ -87,10 +90,12 @@ class Networks:
 
     @cached_property
     def pipeline(self):
-        from diffusers import AutoPipelineForText2Image
-
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        pipeline = AutoPipelineForText2Image.from_pretrained(self.args.draw_with, dtype=dtype, local_files_only=True)
+        try:
+            pipeline = AutoPipelineForText2Image.from_pretrained(self.args.draw_with, dtype=dtype, local_files_only=True)
+        except Exception as error:  # each part of a pipeline has errors of its own
+            reason = " ".join(str(error).split())
+            raise OSError(f"cannot load the text-to-image pipeline (--draw_with) {self.args.draw_with!r}: {reason}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -98,29 +103,31 @@ class Networks:
     def inception(self):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        torch.load(self.args.inception, weights_only=True)  # the library unpickles the file: it must hold nothing but tensors
         path = str(self.args.inception)
-        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path).to(self.device)
+        try:
+            torch.load(path, weights_only=True)  # the library unpickles the file: it must hold nothing but tensors
+            return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path).to(self.device)
+        except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            raise OSError(f"{path} holds no weights of FID's Inception network: {' '.join(str(error).split())[:200]}") from error
 
     @cached_property
-    def clip(self):
-        from transformers import AutoProcessor, CLIPModel
-
-        kwargs = dict(local_files_only=True)
-        return CLIPModel.from_pretrained(self.args.clip, **kwargs).to(self.device), AutoProcessor.from_pretrained(self.args.clip, **kwargs)
+    def clip(self) -> tuple:
+        """The model, its image processor and its tokenizer."""
+        model, *others = (load(cls, self.args.clip, "CLIP (--clip)") for cls in (CLIPModel, AutoImageProcessor, AutoTokenizer))
+        return model.to(self.device).eval(), *others
 
     def see(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(3, S, S) uint8 images -> Inception's features, (B, 2048), and CLIP's, (B, D), of length 1."""
-        (clip, processor), batch = self.clip, torch.stack(images).to(self.device)
-        pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
+        (clip, processor, _), batch = self.clip, torch.stack(images).to(self.device)
+        pixels = processor(images, return_tensors="pt").pixel_values.to(self.device)
         features = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
         return self.inception(batch)[0].float().cpu(), F.normalize(features, dim=-1).cpu()
 
     def read(self, texts: list[str]) -> torch.Tensor:
         """CLIP's features of texts, (B, D), of length 1; it reads their first 77 tokens."""
-        clip, processor = self.clip
-        tokens = processor.tokenizer(texts, return_tensors="pt", padding=True, truncation=True,
-                                     max_length=clip.config.text_config.max_position_embeddings).to(self.device)  # fmt: skip
+        clip, _, tokenizer = self.clip
+        tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True,
+                           max_length=clip.config.text_config.max_position_embeddings).to(self.device)  # fmt: skip
         features = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         return F.normalize(clip.text_projection(features), dim=-1).cpu()
 
@@ -201,7 +208,7 @@ def check(args: EvaluateConfig) -> tuple[list[Path], dict | None, dict]:
     shards = sorted(args.data.glob("*.tar"))
     if not shards:
         raise ValueError(f"{args.data} holds no shards; make them with: python {HERE / 'prepare.py'}")
-    people = {key: texts for shard in shards for key, _, texts in read_shard(shard)}
+    people = {key: texts for shard in shards for key, _, texts in read_shard(shard, images=False)}
     captions = read_captions(args.captions) if args.captions else None
     missing = sorted(people.keys() - captions.keys()) if captions is not None else []
     if missing:
@@ -236,7 +243,7 @@ def summarize(args: EvaluateConfig, rows: list, part_of, shards: list[Path], cap
         print(f"{kind:11} {guidance_scale:8.1f} {fid:8.2f}  {similarity:6.2f}", flush=True)
     write_json(args.out / "results.json", result)
     columns = [read_part(part_of(row, shards[0]), "pictures") for row in rows]
-    shown = [key for key, _, _ in read_shard(shards[0])][: len(columns[0])]
+    shown = [key for key, _, _ in read_shard(shards[0], images=False)][: len(columns[0])]
     sheet = panel([list(row) for row in zip(*columns)], [(captions or first)[key] for key in shown])
     write_whole(args.out / "sheet.png", lambda path: sheet.save(path, "png"))
     print(f"results.json and sheet.png are in {args.out}; its columns: "
