@@ -14,23 +14,19 @@ With --captions_only it draws nothing, any number of processes share the work, a
 Of tar shards the lines are in one file each: 00000.jsonl, {"image": "00000.tar/KEY", "caption": ...}.
 """
 
-import logging
 import os
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the import, which already warns
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.quiet import quiet  # before what imports transformers
 from data.captions import Images, Part, Source, Work, find_shards
 from data.checkpoint import find_checkpoint, fingerprint
 from data.loader import find_images
@@ -66,12 +62,6 @@ class SampleConfig(Settings):
 
 
 ENCODED_AT_ONCE = 8  # images; they need more memory than what is generated
-
-
-def quiet():
-    """No warnings of libraries that the user can do nothing about."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("PIL").setLevel(logging.ERROR)
 
 
 def choose_checkpoint(ckpt: str | None) -> Path:

@@ -46,6 +46,7 @@ import sample
 import train
 import vlv
 from data import checkpoint, latents, plot, settings
+from data.quiet import quiet
 from data.checkpoint import Saver, checkpoints, find_checkpoint, open_tensors, own
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, crop_image, open_image, tar_files
 from vlv import VLV, VLVConfig
@@ -69,7 +70,7 @@ def tiny(tmp_path_factory):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    sample.quiet()
+    quiet()
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("tiny")
     texts = CAPTIONS * 30 + [VLVConfig.prompt] * 30

@@ -31,13 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from data.quiet import quiet  # before what imports transformers
 from data.checkpoint import Journal, Saver, checkpoints, find_checkpoint, own
 from data.loader import ImageTextDataset, SyntheticDataset, WithNoise, batch_indices, collate, seeds_of
 from data.plot import draw_curves
 from data.processes import SIGNALS, gather, join_processes, leave, listen_to_signals, one_first, prepare_device, run
 from data.processes import start_workers, together
+from data.results import panel
 from data.settings import Count, Seed, Text, Whole, check_names, read_flags, read_json
-from sample import panel, quiet
 from vlv import VLV, VLVConfig, load_config, to_device
 
 Share = Annotated[float, ">= 0", "<= 1"]

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.quiet import quiet  # before what imports transformers
 from data.loader import ImageTextDataset, describe_latents
 from data.processes import gather, join_processes, leave, one_first, prepare_device, run, together
 from data.settings import Count, Pixels, Settings, Text, Whole, parse_settings
-from sample import quiet
 from vlv import DiffusionDecoder, VLVConfig
 
 TO_DO, DONE, UNREADABLE = 0, 1, 2  # of an image, in latents.done.npy

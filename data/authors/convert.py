@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.settings import Count, Pixels, Settings, Text, parse_settings
-from sample import quiet  # before what imports transformers
+from data.quiet import quiet  # before what imports transformers
 from data.pretrained import Weights, choose_dtype, load
 from transformers import AutoTokenizer
 from vlv import VLV, VLVConfig

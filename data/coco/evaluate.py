@@ -15,38 +15,33 @@ goes on where it was, by the same command, with any number of processes.
 import hashlib
 import io
 import json
-import logging
 import os
 import pickle
 import sys
 import tarfile
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
+from data.quiet import quiet  # before what imports transformers
 from data.checkpoint import find_checkpoint, fingerprint, write_json, write_whole
 from data.loader import IMAGE_ENDINGS, crop_image, open_image, seeds_of
 from data.pretrained import choose_dtype, load
 from data.processes import gather, join_processes, prepare_device, run, together
 from data.results import panel, read_captions
 from data.settings import Count, Guidance, Pixels, Seed, Settings, Steps, Text, parse_settings, same_as_before
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from vlv import VLV, load_config
 
 SHOWN = 8  # images of the sheet
@@ -90,6 +85,8 @@ class Networks:
 
     @cached_property
     def pipeline(self):
+        from diffusers import AutoPipelineForText2Image  # which imports every pipeline there is
+
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
             pipeline = AutoPipelineForText2Image.from_pretrained(self.args.draw_with, dtype=dtype, local_files_only=True)
@@ -252,8 +249,7 @@ def summarize(args: EvaluateConfig, rows: list, part_of, shards: list[Path], cap
 
 def main(argv=None) -> None:
     args = parse_settings(EvaluateConfig, argv, __doc__)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("PIL").setLevel(logging.ERROR)
+    quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = prepare_device("auto")
     if world_size > 1:

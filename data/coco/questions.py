@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
+from data.quiet import quiet  # before what imports transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.checkpoint import write_json
 from data.pretrained import load
 from data.processes import gather, join_processes, leave, prepare_device, run, together
@@ -113,7 +112,7 @@ def answered(folder: Path) -> dict[int, str]:
 
 
 @torch.inference_mode()
-def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device: torch.device, file: Path, quiet: bool):
+def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device: torch.device, file: Path, silent: bool):
     """Writes a line {"id", "answer"} for each question."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load(AutoModelForCausalLM, args.llm, "language model (--llm)", dtype=dtype).to(device).eval()
@@ -122,7 +121,7 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
     beginning = "".join(ask(example, with_answer=True) for example in examples)
     file.write_bytes(file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1] if file.exists() else b"")  # no half a line
     with open(file, "a", **TEXT) as lines:
-        for at in tqdm(range(0, len(questions), args.batch_size), unit=" batches", disable=quiet):
+        for at in tqdm(range(0, len(questions), args.batch_size), unit=" batches", disable=silent):
             some = questions[at : at + args.batch_size]
             tokens = tokenizer([beginning + ask(question) for question in some], return_tensors="pt", padding=True).to(device)
             ids = model.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=10, do_sample=False,
@@ -135,6 +134,7 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
 
 def main(argv=None) -> None:
     args = parse_settings(QuestionsConfig, argv, __doc__)
+    quiet()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = prepare_device("auto")
     if world_size > 1:

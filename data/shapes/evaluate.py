@@ -27,8 +27,9 @@ from prepare import BACKGROUNDS, COLORS, PLACES, RESOLUTION, SHAPES, SIZES, SPLI
 from prepare import coverage, describe, describe_precisely, draw, scenes
 from tqdm import tqdm
 
+from data.quiet import quiet  # before what imports transformers
+from data.results import panel
 from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, parse_settings
-from sample import panel, quiet
 from vlv import VLV
 
 ATTRIBUTES = ("size", "color", "shape", "place")

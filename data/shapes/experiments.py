@@ -2,7 +2,7 @@
 The paper's experiments in miniature: what happens when one turns VLV's knobs, and what its embedding knows.
 
     python data/shapes/experiments.py                      # all eight, about four hours on two cores
-    python data/shapes/experiments.py guidance mixing      # some; the last five use a checkpoint and take minutes
+    python data/shapes/experiments.py guidance mixing      # some; the last four use a checkpoint and take minutes
 
     queries     how many queries: 1 to as many as CLIP has positions                      trains
     parts       what stage 2 trains: the MLP, the LLM, BART with and without denoising    trains
