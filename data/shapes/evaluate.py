@@ -1,7 +1,7 @@
 """
 Measures a VLV on held-out scenes of the shapes world, where the truth is known.
 
-    python data/shapes/evaluate.py --ckpt data/shapes/vlv        # 1,000 scenes, ten to twenty minutes on two cores
+    python data/shapes/evaluate.py --ckpt data/shapes/vlv        # 1,000 scenes, ten minutes on two cores
 
 Captions: how many are exactly right, order free, and how many of their attributes. Pictures: pixel error, and what is
 seen in them: an object counts as found where one is drawn, its colour, shape, size and place are each compared with

@@ -1,7 +1,7 @@
 """
 Makes the shapes world's "pretrained" models from scratch; what it made is committed, so nobody has to run it.
 
-    python data/shapes/pretrain.py           # about an hour on two cores
+    python data/shapes/pretrain.py           # an hour and a half on two cores
 
 writes, each an ordinary save_pretrained folder,
 
