@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +30,7 @@ from data.captions import Images, Part, Source, Work, find_shards
 from data.checkpoint import find_checkpoint, fingerprint
 from data.loader import find_images
 from data.pretrained import choose_dtype
-from data.processes import SIGNALS, gather, join_processes, leave, prepare_device, run, start_workers, together
+from data.processes import SIGNALS, gather, leave, run, share_work, start_workers, together
 from data.results import Results, is_drawn, panel
 from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, Whole
 from data.settings import parse_settings, printable, same_as_before
@@ -198,10 +197,8 @@ def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Wor
 def main(argv=None) -> int:
     args = parse_settings(SampleConfig, argv, __doc__)
     quiet()
-    world_size, is_main = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
-    device, results, written = prepare_device("auto"), None, 0
-    if world_size > 1:
-        join_processes("gloo", timedelta(days=30))  # who is done waits for the others
+    rank, world_size, device = share_work()
+    is_main, results, written = rank == 0, None, 0
     try:
         folder = together(lambda: check(args, world_size))
         results = together(lambda: Results(args.out) if is_main else None)

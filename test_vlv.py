@@ -1455,7 +1455,7 @@ def test_fid_is_none_of_a_set_and_itself_grows_with_noise_and_equals_the_closed_
     images = torch.nn.functional.interpolate(255 * torch.rand(40, 3, 4, 4, generator=rng), 64)
     noisy = lambda sigma: list((images + sigma * normal(images.shape)).clamp(0, 255).byte())
     with torch.inference_mode():
-        features = [networks.see(noisy(sigma))[0] for sigma in (0, 0, 20, 60)]
+        features = [networks.inception_features(noisy(sigma)) for sigma in (0, 0, 20, 60)]
     distances = [evaluate.frechet_distance(features[0], other) for other in features[1:]]
     assert abs(distances[0]) < 1e-3 * distances[1] and distances[1] < distances[2]
 

@@ -50,6 +50,16 @@ def join_processes(backend: str, patience: timedelta = timedelta(hours=1)) -> No
     watch_torchrun()
 
 
+def share_work() -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device) of a process that does its share of work without gradients. Who is done waits for the
+    others as long as they take. Raises ValueError as prepare_device does."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = prepare_device("auto")
+    if world_size > 1:
+        join_processes("gloo", timedelta(days=30))
+    return rank, world_size, device
+
+
 def watch_torchrun() -> None:
     """Has this process save and leave when torchrun is gone (killed, or out of memory): nobody else would end it, and it
     would go on holding its GPU. Where it waits in vain for the others, it dies."""

@@ -15,12 +15,10 @@ goes on where it was, by the same command, with any number of processes.
 import hashlib
 import io
 import json
-import os
 import pickle
 import sys
 import tarfile
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +36,7 @@ from data.quiet import quiet  # before what imports transformers
 from data.checkpoint import find_checkpoint, fingerprint, write_json, write_whole
 from data.loader import IMAGE_ENDINGS, crop_image, open_image, seeds_of
 from data.pretrained import choose_dtype, load
-from data.processes import gather, join_processes, prepare_device, run, together
+from data.processes import gather, run, share_work, together
 from data.results import panel, read_captions
 from data.settings import Count, Guidance, Pixels, Seed, Settings, Steps, Text, parse_settings, same_as_before
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -113,12 +111,16 @@ class Networks:
         model, *others = (load(cls, self.args.clip, "CLIP (--clip)") for cls in (CLIPModel, AutoImageProcessor, AutoTokenizer))
         return model.to(self.device).eval(), *others
 
-    def see(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(3, S, S) uint8 images -> Inception's features, (B, 2048), and CLIP's, (B, D), of length 1."""
-        (clip, processor, _), batch = self.clip, torch.stack(images).to(self.device)
+    def inception_features(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """(3, S, S) uint8 images -> (B, 2048)."""
+        return self.inception(torch.stack(images).to(self.device))[0].float().cpu()
+
+    def see(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """CLIP's features of (3, S, S) uint8 images, (B, D), of length 1."""
+        clip, processor, _ = self.clip
         pixels = processor(images, return_tensors="pt").pixel_values.to(self.device)
         features = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        return self.inception(batch)[0].float().cpu(), F.normalize(features, dim=-1).cpu()
+        return F.normalize(features, dim=-1).cpu()
 
     def read(self, texts: list[str]) -> torch.Tensor:
         """CLIP's features of texts, (B, D), of length 1; it reads their first 77 tokens."""
@@ -150,16 +152,14 @@ def measure(networks: Networks, shard: Path, number: int, row: tuple, captions: 
         originals = [crop_image(open_image(io.BytesIO(data), args.image_size), args.image_size) for _, data, _ in some]
         texts = [captions[key] if captions else people[0] for key, _, people in some]
         if kind == "original":
-            drawn, (seen, clip) = originals, networks.see(originals)
-            other = networks.read(texts)
+            drawn, other = originals, networks.read(texts)
         else:
             seeds = seeds_of(args.seed, number, range(at, at + len(some)))
             drawn = networks.draw(kind, guidance_scale, torch.stack(originals), texts, seeds)
             drawn = [crop_image(picture, picture.width) for picture in drawn]
-            seen, clip = networks.see(drawn)
-            other = networks.see(originals)[1]
-        features.append(seen)
-        similarities.append(100 * (clip * other).sum(-1))
+            other = networks.see(originals)
+        features.append(networks.inception_features(drawn))
+        similarities.append(100 * (networks.see(drawn) * other).sum(-1))
         if number == 0 and at < SHOWN:
             pictures += [crop_image(Image.fromarray(d.permute(1, 2, 0).numpy()), args.image_size) for d in drawn]
     part = {"features": torch.cat(features), "similarities": torch.cat(similarities)}
@@ -250,10 +250,7 @@ def summarize(args: EvaluateConfig, rows: list, part_of, shards: list[Path], cap
 def main(argv=None) -> None:
     args = parse_settings(EvaluateConfig, argv, __doc__)
     quiet()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = prepare_device("auto")
-    if world_size > 1:
-        join_processes("gloo", timedelta(days=30))  # who is done waits for the others
+    rank, world_size, device = share_work()
     shards, captions, people = gather(together(lambda: check(args) if rank == 0 else None))[0]
     rows = [("original", 0.0)] + [("embedding", g) for g in args.guidance_scales if args.ckpt]
     rows += [("caption", g) for g in args.guidance_scales if args.ckpt or args.draw_with]

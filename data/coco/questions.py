@@ -10,13 +10,11 @@ on where it was, by the same command. readme.md says where the files are.
 
 import hashlib
 import json
-import os
 import re
 import sys
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ from data.quiet import quiet  # before what imports transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.checkpoint import write_json
 from data.pretrained import load
-from data.processes import gather, join_processes, leave, prepare_device, run, together
+from data.processes import gather, leave, run, share_work, together
 from data.results import TEXT, read_captions
 from data.settings import Count, Seed, Settings, Text, Whole, parse_settings, same_as_before
 
@@ -135,10 +133,7 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
 def main(argv=None) -> None:
     args = parse_settings(QuestionsConfig, argv, __doc__)
     quiet()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = prepare_device("auto")
-    if world_size > 1:
-        join_processes("gloo", timedelta(days=30))  # who is done waits for the others
+    rank, world_size, device = share_work()
     try:
         questions, examples = gather(together(lambda: choose(args) if rank == 0 else None))[0]
     except (zipfile.BadZipFile, KeyError) as error:

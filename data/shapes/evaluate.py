@@ -156,6 +156,11 @@ def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
     return summarize([judge(truth, picture) for truth, picture in zip(truths, pictures)])
 
 
+def images_of(truths: list[dict]) -> torch.Tensor:
+    """(n, 3, 32, 32) uint8"""
+    return torch.from_numpy(np.stack([np.array(draw(truth)) for truth in truths])).permute(0, 3, 1, 2).contiguous()
+
+
 ROWS = ("original", "VAE alone", "embedding", "generated caption", "true caption", "true caption with map", "embedding of another")
 
 
@@ -184,7 +189,7 @@ def main(argv=None):
         sys.exit(f"error: {error}")
     decoder, captioner = model.decoder, model.caption_head
     truths = list(scenes("val", args.images, args.seed_of_scenes))
-    originals = torch.stack([torch.from_numpy(np.array(draw(t))).permute(2, 0, 1) for t in truths])
+    originals = images_of(truths)
     rows = {row: [] for row in args.rows if row != "generated caption" or captioner}
     captions, ended, losses = [], [], {"empty prompt": [], "true caption": [], "embedding": []}
     prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])

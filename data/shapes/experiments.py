@@ -35,9 +35,9 @@ REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
-from evaluate import judge, parse, see, summarize
+from evaluate import images_of, judge, parse, see, summarize
 from PIL import Image, ImageDraw, ImageFont
-from prepare import RESOLUTION, SPLITS, describe, draw, scenes, validation_captions
+from prepare import RESOLUTION, SPLITS, describe, scenes, validation_captions
 from tqdm import tqdm
 
 from data.checkpoint import find_checkpoint, fingerprint, write_json, write_whole
@@ -124,10 +124,6 @@ class Run:
                 **{name: captions[name] for name in ("exact", "attributes") if captions}}  # fmt: skip
 
 
-def base(seed: int) -> Run:
-    return Run(seed)
-
-
 def captioner(stage1: Run, **kwargs) -> Run:
     return Run(stage1.seed, stage=2, after=stage1, queries=stage1.queries, **kwargs)
 
@@ -137,14 +133,14 @@ def runs_of(experiment: str) -> list[tuple[dict, list[Run]]]:
     if experiment == "queries":
         lines = [({"queries": n}, [captioner(Run(s, queries=n)) for s in SEEDS]) for n in QUERIES]
     elif experiment == "parts":
-        lines = [({"trained": parts}, [captioner(base(s), parts=parts) for s in SEEDS]) for parts in PARTS]
-        lines = [({"trained": "after stage 1"}, [base(s) for s in SEEDS]), *lines]
+        lines = [({"trained": parts}, [captioner(Run(s), parts=parts) for s in SEEDS]) for parts in PARTS]
+        lines = [({"trained": "after stage 1"}, [Run(s) for s in SEEDS]), *lines]
     elif experiment == "data":
         lines = [({"images in stage 1": n}, [Run(s, images=n) for s in SEEDS]) for n in AMOUNTS]
-        lines += [({"captions after stage 1": n}, [captioner(base(s), images=n) for s in SEEDS]) for n in AMOUNTS]
+        lines += [({"captions after stage 1": n}, [captioner(Run(s), images=n) for s in SEEDS]) for n in AMOUNTS]
         lines += [({"captions without stage 1": n}, [Run(s, stage=2, images=n) for s in SEEDS]) for n in AMOUNTS]
     else:
-        lines = [({"llm": llm}, [captioner(base(s), llm=llm) for s in SEEDS]) for llm in LLMS]
+        lines = [({"llm": llm}, [captioner(Run(s), llm=llm) for s in SEEDS]) for llm in LLMS]
     return lines
 
 
@@ -276,11 +272,6 @@ class Subject:
 
     def judge(self, pictures: list) -> dict[str, list[float]]:
         return bootstrap([judge(truth, picture) for truth, picture in zip(self.truths, pictures)], summarize)
-
-
-def images_of(truths: list[dict]) -> torch.Tensor:
-    """(n, 3, 32, 32) uint8"""
-    return torch.from_numpy(np.stack([np.array(draw(truth)) for truth in truths])).permute(0, 3, 1, 2).contiguous()
 
 
 def guidance(subject: Subject) -> tuple[list[dict], dict]:
