@@ -30,7 +30,7 @@ from data.captions import Images, Part, Source, Work, find_shards
 from data.checkpoint import find_checkpoint, fingerprint
 from data.loader import find_images
 from data.pretrained import choose_dtype
-from data.processes import SIGNALS, gather, leave, run, share_work, start_workers, together
+from data.processes import SIGNALS, gather, leave, rank_and_world_size, run, share_work, start_workers, together
 from data.results import Results, is_drawn, panel
 from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, Whole
 from data.settings import parse_settings, printable, same_as_before
@@ -150,7 +150,7 @@ def mix(items: list[dict], token_embeds: torch.Tensor, split: int | None) -> tup
 
 def work_through(args: SampleConfig, model: VLV, device: torch.device, work: Work, batches: list, results: Results | None) -> int:
     """Captions, draws and writes down this process's share of the batches. Returns how many images that were."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     total, left = sum(source.count for source in work.sources), sum(len(work.places(batch)) for batch in batches)
     mine = batches[rank * len(batches) // world_size : (rank + 1) * len(batches) // world_size]
     loader = start_workers(torch.utils.data.DataLoader(

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.processes import gather, join_processes, leave, prepare_device, run, together
+from data.processes import gather, join_processes, leave, prepare_device, rank_and_world_size, run, say, together
 from data.settings import Settings, Text, check_names, parse_settings, read_json
 
 
@@ -219,24 +219,74 @@ def own(run_dir: Path) -> tuple:
     return locked
 
 
+def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple[Path | None, bool]:
+    """Where a run starts from: (checkpoint, or None for the pretrained models; whether this run wrote it). Raises ValueError or
+    OSError when that is not clear. stage1: the run of stage 1 that it follows, if any."""
+    own_checkpoints = checkpoints(run_dir) if run_dir else []
+    if own_checkpoints and not resume:
+        raise ValueError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
+    if own_checkpoints:
+        return own_checkpoints[-1], True
+    if init_from:
+        return find_checkpoint(init_from), False
+    if stage1 is None:
+        return None, False
+    source = find_checkpoint(stage1)
+    trainer = read_json(source / "trainer.json") if (source / "trainer.json").exists() else {}
+    if trainer.get("step", 0) < trainer.get("max_steps", 0):
+        raise ValueError(
+            f"stage 1 is not finished: {source} is step {trainer['step']:,} of {trainer['max_steps']:,}; finish it with"
+            f" --stage 1 --resume, or start from it as it is with --init_from {source}"
+        )
+    return source, False
+
+
+def open_run(run_dir: Path | None, *start) -> tuple:
+    """Makes the first process the one writer of run_dir (None: of nothing). Returns the file that says so, to be kept open, and
+    what find_start(run_dir, *start) returns, the same on every process. Leaves the program when that cannot be."""
+    is_writer = run_dir is not None and rank_and_world_size()[0] == 0
+    file, owner = together(lambda: own(run_dir) if is_writer else (None, None))
+    source, resumes = together(lambda: find_start(run_dir, *start))
+    if run_dir is not None:
+        owner = together(lambda: owner or (run_dir / ".lock").read_text())
+    seen = set(gather((str(source), owner)))
+    if len(seen) > 1:
+        leave(f"error: {run_dir} must be on storage that all machines see, but the processes find different things there: {seen}")
+    return file, source, resumes
+
+
 class Saver:
     """Writes a run's checkpoints while the run goes on. Each process copies its share to the host, which is all that training
     waits for, and writes it in a thread; when all are done the folder gets its name.
 
     The weights are shared out by size; the optimizer's state is written by the process that holds it, under the names of
     the parameters. So nothing is gathered, and any number of processes can go on from it.
+
+    run_dir: None saves nothing. about: what the run was started with, which travels with its checkpoints. saved: whether the last
+    checkpoint that was begun is whole.
     """
 
-    def __init__(self, run_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, about: dict):
-        self.run_dir, self.folder, self.model, self.about = run_dir, run_dir / "saving", model, about
+    def __init__(self, run_dir: Path | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer, about: dict):
+        self.run_dir, self.model, self.about, self.saved = run_dir, model, about, True
         self.optimizer = getattr(optimizer, "optim", optimizer)  # of ZeroRedundancyOptimizer, this process's share
         self.names = {p: name for name, p in model.named_parameters()}
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.part = f"-{self.rank + 1:05d}-of-{self.world_size:05d}" if self.world_size > 1 else ""
         self.step = self.thread = self.problem = self.removal = None
 
-    def restore(self, folder: Path) -> None:
-        """Reads this process's share of the optimizer's state, and no other. Raises ValueError when it is not there."""
+    def restore(self, folder: Path, accept_changes: bool) -> int:
+        """Reads this process's share of the optimizer's state, and no other; returns the step. Raises ValueError when it is not
+        there, and where the run was started with something else, unless that is accepted."""
+        if not (folder / "trainer.json").exists():
+            raise ValueError(f"{folder} has no trainer.json, so it cannot be continued: choose another --out_dir, and start"
+                             f" from it with --init_from {folder}")  # fmt: skip
+        trainer = read_json(folder / "trainer.json")
+        for name, value in self.about.items():
+            if name != "max_steps" and trainer.get(name) != value and not accept_changes:
+                raise ValueError(
+                    f"{self.run_dir} was started with {name} {trainer.get(name)}, and now it is {value}: give it as it was, or"
+                    " add --accept_changes to go on with what is new"
+                )
         mine = {self.names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
         found = set()
         for tensors in open_tensors(folder, "optimizer"):
@@ -248,9 +298,14 @@ class Saver:
         missing = set(mine) - found
         if found and missing:
             raise ValueError(f"{folder} was trained with other parts: it has no optimizer state of {min(missing)}")
+        return trainer["step"]
 
     def begin(self, step: int) -> None:
-        """Copies what is to be saved; a thread writes it."""
+        """Copies what is to be saved, once the save before it is done; a thread writes it."""
+        if self.run_dir is None:
+            return
+        start = time.perf_counter()
+        self.end()
         weights = self.model.learned_state()
         shares = [[] for _ in range(self.world_size)]  # the largest first, each to whom has least
         sizes = [0] * self.world_size
@@ -265,17 +320,19 @@ class Saver:
         self.step, self.problem = step, "the thread that writes has died"
         self.thread = threading.Thread(target=self.write, args=(step, *copies), daemon=True)
         self.thread.start()
+        say(f"step {step:,} is being saved; training stood still for {time.perf_counter() - start:.2f} s")
 
     def write(self, step: int, weights: dict, state: dict) -> None:
         """Writes this process's share of the folder; notes in `problem` why that failed, or None."""
+        folder = self.run_dir / "saving"
         try:
-            self.folder.mkdir(exist_ok=True)
-            write_tensors(self.folder / f"model{self.part}.safetensors", weights, self.model.config)
-            write_tensors(self.folder / f"optimizer{self.part}.safetensors", state, self.model.config)
+            folder.mkdir(exist_ok=True)
+            write_tensors(folder / f"model{self.part}.safetensors", weights, self.model.config)
+            write_tensors(folder / f"optimizer{self.part}.safetensors", state, self.model.config)
             if self.rank == 0:
-                write_json(self.folder / "trainer.json", {"step": step} | self.about)
-                self.model.save_about(self.folder)
-            sync(self.folder)
+                write_json(folder / "trainer.json", {"step": step} | self.about)
+                self.model.save_about(folder)
+            sync(folder)
             self.problem = None
         except (OSError, ValueError) as error:
             self.problem = str(error)
@@ -284,35 +341,43 @@ class Saver:
     def is_writing(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
-    def end(self) -> str | None:
-        """Waits for every process's thread and names the folder; the last two checkpoints are kept. Returns why it could
-        not be saved, or None."""
+    def end(self) -> None:
+        """Where a checkpoint was begun, waits for every process's thread and names the folder, or says why it is not saved; the
+        last two are kept."""
+        if self.thread is None:
+            return
         self.thread.join()
         self.thread = None
         problems = [p for p in gather(self.problem) if p]
+        folder = self.run_dir / "saving"
         if self.rank == 0:
             try:
                 if not problems:
-                    os.rename(self.folder, self.run_dir / f"step-{self.step:06d}")
+                    os.rename(folder, self.run_dir / f"step-{self.step:06d}")
                     sync(self.run_dir)
             except OSError as error:
                 problems = [str(error)]
             if problems:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             else:
                 self.prune()
-        return (gather(problems)[0] or [None])[0]
+        problems = gather(problems)[0]
+        self.saved = not problems
+        if problems:
+            say(f"error: step {self.step:,} is not saved: {problems[0]}; the next save tries again")
 
     def prune(self) -> None:
         """Removes all checkpoints before the last two, in a thread: that takes long on some disks. What cannot be removed
         stays, and fails nothing."""
-        self.close()
+        if self.removal is not None:
+            self.removal.join()
         old = [p for p in checkpoints(self.run_dir) if int(p.name[5:]) < self.step][:-1]
         self.removal = threading.Thread(target=remove, args=(old, self.run_dir / "removing"), daemon=True)
         self.removal.start()
 
     def close(self) -> None:
-        """Waits until old checkpoints are removed."""
+        """Waits until what was begun is saved, and old checkpoints are removed."""
+        self.end()
         if self.removal is not None:
             self.removal.join()
 
@@ -327,12 +392,13 @@ def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Journal:
     """The files beside a run's checkpoints, which it can do without: where one cannot be written, the run says so and goes
     on. What log.jsonl says of steps after `start`, from where the run goes on, is taken out, as it comes again.
-    tensorboard: write the same for TensorBoard, too, into RUN_DIR/tensorboard."""
+    run_dir: None writes nothing. tensorboard: write the same for TensorBoard, too, into RUN_DIR/tensorboard."""
 
-    def __init__(self, run_dir: Path, start: int, writes_log: bool, tensorboard: bool = False):
-        self.run_dir, self.writes_log, self.board = run_dir, writes_log, None
+    def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
+        self.run_dir, self.board = run_dir, None
+        self.writes_log = run_dir is not None and rank_and_world_size()[0] == 0
         self.write(partial(cut_log, start=start), "log.jsonl")
-        if tensorboard and writes_log:
+        if tensorboard and self.writes_log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1)
@@ -434,16 +500,14 @@ def measure() -> None:
     for p in list(model.parameters())[saver.rank :: saver.world_size]:  # as ZeroRedundancyOptimizer shares it out
         optimizer.state[p] = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
     owned = together(lambda: own(saver.run_dir) if saver.rank == 0 else None)
+    say(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes")
     for step in (1, 2):  # the first allocates what the others use again
-        start = time.perf_counter()
         saver.begin(step)
-        copied = time.perf_counter()
-        problem = saver.end()
-        if problem:
-            leave(f"error: {problem}")
-        if saver.rank == 0:
-            print(f"{3 * config.gigabytes:g} GB by {saver.world_size} processes: training stands still for {copied - start:.2f} s,"
-                  f" and {time.perf_counter() - copied:.1f} s later it is on the disk", flush=True)  # fmt: skip
+        start = time.perf_counter()
+        saver.end()
+        if not saver.saved:
+            leave(1)
+        say(f"{time.perf_counter() - start:.1f} s later it is on the disk")
     saver.close()
     if owned:
         owned[0].close()

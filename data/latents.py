@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.quiet import quiet  # before what imports transformers
 from data.loader import ImageTextDataset, describe_latents
-from data.processes import gather, join_processes, leave, one_first, prepare_device, run, together
+from data.processes import gather, leave, one_first, run, share_work, together
 from data.settings import Count, Pixels, Settings, Text, Whole, parse_settings
 from vlv import DiffusionDecoder, VLVConfig
 
@@ -88,10 +88,7 @@ def make_files(folder: Path, about: dict, shape: tuple) -> None:
 def main(argv=None):
     config = parse_settings(LatentsConfig, argv, __doc__)
     quiet()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = prepare_device("auto")
-    if world_size > 1:
-        join_processes("gloo")
+    rank, world_size, device = share_work()
     dataset = one_first(lambda: ImageTextDataset(config.data, config.image_size))
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
     decoder = together(lambda: DiffusionDecoder(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32))

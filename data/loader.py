@@ -125,6 +125,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
             raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {ending}")
         self.moments = open_latents(self, latents_of) if latents_of else None
 
+    def __str__(self):
+        return f"{len(self):,} samples from {self.folder}"
+
     def __len__(self):
         return len(self.index) if self.shards else len(self.files)
 
@@ -179,20 +182,23 @@ class WithNoise(torch.utils.data.Dataset):
 
     def __getitem__(self, place):
         i, seed = place
-        return self.dataset[i] | {"noise": self.draw_noise([seed]) if self.draw_noise else None}
+        return self.dataset[i] | {"seed": seed, "noise": self.draw_noise([seed]) if self.draw_noise else None}
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
-    """A random image with a caption of so many words, over and over; for benchmarks."""
+    """A random image with a caption of so many words, over and over; for benchmarks. moments: its latents' (8, size / 8, size / 8),
+    or None."""
 
     broken_shards: list[str] = []
     fingerprint = "synthetic"
 
-    def __init__(self, size: int, caption_words: int, with_moments: bool):
+    def __init__(self, size: int, caption_words: int, moments: torch.Tensor | None = None):
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-        moments = torch.randn(8, size // 8, size // 8) if with_moments else None
         self.item = {"image": image, "caption": "a " * caption_words, "moments": moments, "skipped": [],
                      "unreadable": None}  # fmt: skip
+
+    def __str__(self):
+        return "synthetic images"
 
     def __len__(self):
         return 1_000_000
@@ -369,15 +375,25 @@ def seeds_of(seed: int, step: int, positions) -> list[int]:
     return [int(np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] >> 1) for p in positions]
 
 
+def micro_batches(samples: int, batch_size: int, micro_batch_size: int, seed: int, steps: range, rank: int, world_size: int):
+    """Yields this process's micro-batches, step after step: [(sample, its seed), ...]."""
+    for step in steps:
+        indices = batch_indices(samples, batch_size, seed, step)
+        for first in range(rank * micro_batch_size, batch_size, world_size * micro_batch_size):
+            mine = range(first, first + micro_batch_size)  # places in the global batch
+            yield list(zip(indices[first : first + micro_batch_size], seeds_of(seed, step, mine)))
+
+
 def collate(items: list[dict]) -> dict:
     """{"image": (B, 3, S, S) uint8, "caption": [str], "moments": (B, 8, S / 8, S / 8) or None, "noise": see draw_noise, or
-    None, "skipped": [sentence], "unreadable": sentence or None}"""
+    None, "seed": [int or None], "skipped": [sentence], "unreadable": sentence or None}"""
     with_moments, with_noise = items[0]["moments"] is not None, items[0].get("noise") is not None
     return {
         "noise": [torch.cat(parts) for parts in zip(*(item["noise"] for item in items))] if with_noise else None,
         "moments": torch.stack([item["moments"] for item in items]) if with_moments else None,
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],
+        "seed": [item.get("seed") for item in items],
         "skipped": [sentence for item in items for sentence in item["skipped"]],
         "unreadable": next((item["unreadable"] for item in items if item["unreadable"]), None),
     }

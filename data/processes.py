@@ -15,10 +15,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 PARENT = os.getppid()  # torchrun, where it started this process
 SIGNALS = []  # what asked this process to save and leave
+BAD_STEPS = 10  # so many non-finite steps in a row end a training run
 ASKS_TO_LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's number, and how many torchrun started on all machines."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(sentence: str) -> None:
+    """Prints, on the first process, above a progress bar."""
+    if rank_and_world_size()[0] == 0:
+        tqdm.write(sentence)
 
 
 def prepare_device(device: str) -> torch.device:
@@ -53,7 +66,7 @@ def join_processes(backend: str, patience: timedelta = timedelta(hours=1)) -> No
 def share_work() -> tuple[int, int, torch.device]:
     """(rank, number of processes, device) of a process that does its share of work without gradients. Who is done waits for the
     others as long as they take. Raises ValueError as prepare_device does."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     device = prepare_device("auto")
     if world_size > 1:
         join_processes("gloo", timedelta(days=30))
@@ -95,6 +108,57 @@ def together(task):
     if problems:
         leave(f"error: {'; '.join(problems)}")
     return result
+
+
+def over_processes(values, device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:
+    """The sum of each value, a number or a scalar tensor, over all processes; or its greatest, with ReduceOp.MAX."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+class Watch:
+    """What the processes of a training run must decide alike: whether a step counts, and whether the run goes on.
+
+    counts: whether the step is one, that is, every loss and gradient is finite and every image could be read.
+    error: why the run ends without another save. reason: why it saves and ends. is_saving: whether a process still writes a
+    checkpoint.
+    """
+
+    def __init__(self, run_dir, max_steps: int, device: torch.device):
+        self.run_dir, self.max_steps, self.device, self.unreadable = run_dir, max_steps, device, None
+        self.skipped, self.not_finite, self.in_a_row = 0, 0, 0  # samples of this process; steps
+        self.error = self.reason = None
+
+    def see(self, batch: dict) -> None:
+        """Notes what the loader says of a micro-batch."""
+        self.skipped += len(batch["skipped"])
+        self.unreadable = self.unreadable or batch["unreadable"]
+
+    def agree(self, step: int, numbers: torch.Tensor, is_saving: bool) -> None:
+        """After a step's backward pass; the one look at the device a step. numbers: its losses and the gradient's norm."""
+        flags = [~numbers.isfinite().all(), bool(SIGNALS), self.unreadable is not None, is_saving]
+        not_finite, signalled, unreadable, self.is_saving = map(bool, over_processes(flags, self.device, dist.ReduceOp.MAX))
+        self.counts = not (not_finite or unreadable)
+        self.not_finite += not_finite
+        self.in_a_row = self.in_a_row + 1 if not_finite else 0
+        if unreadable:
+            self.error = "error: " + "; ".join(sorted({sentence for sentence in gather(self.unreadable) if sentence}))
+        elif self.in_a_row == BAD_STEPS:
+            self.error = (f"error: loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {step:,}; the last checkpoint"
+                          f" in {self.run_dir} is untouched by them: look at the data, or lower the learning rate")  # fmt: skip
+        elif signalled and step < self.max_steps:
+            causes = sorted({cause for causes in gather(SIGNALS) for cause in causes})
+            self.reason = f"stopped by {' and '.join(causes)} after step {step:,}"
+
+    def count_skipped(self, step: int, seen: int) -> int:
+        """How many of the `seen` samples were skipped, by all processes; more than one in a hundred end the run."""
+        skipped = int(over_processes([self.skipped], self.device)[0])
+        if skipped > 10 + 0.01 * seen:
+            self.reason = (f"error: {skipped:,} of {seen:,} samples could not be read: see {self.run_dir}/skipped.txt and mend the"
+                           f" data; stopped after step {step:,}")  # fmt: skip
+        return skipped
 
 
 def one_first(task):

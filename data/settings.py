@@ -153,6 +153,24 @@ def read_flags(cls, argv, doc: str, **more) -> dict:
     return {name: check(name, value, fields[name].type) if name in fields else value for name, value in flags.items()}
 
 
+def read_flags_and_file(cls, argv, doc: str) -> dict:
+    """The values that flags and the JSON file of --config give, by field; flags override the file. The file may have values of one
+    stage under stage1 and stage2. Raises ValueError with the nearest name for unknown ones."""
+    flags = read_flags(cls, argv, doc, config="JSON file with settings, and with those of one stage under stage1 or stage2")
+    if "config" not in flags:
+        return flags
+    path, names = flags.pop("config"), [field.name for field in dataclasses.fields(cls)]
+    settings = read_json(path)
+    stages = {key: settings.pop(key, {}) for key in ("stage1", "stage2")}
+    check_names(settings, names, path)
+    for key, values in stages.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {key} is {values!r}, but must be an object: {{...}}")
+        check_names(values, [name for name in names if name != "stage"], f"{path}, {key}")
+    stage = flags.get("stage", settings.get("stage", 1))
+    return settings | stages.get(f"stage{stage}", {}) | flags
+
+
 def parse_settings(cls, argv, doc: str):
     """The settings that the command line gives, as an instance of cls. Leaves the program with one sentence when they
     are wrong."""
