@@ -41,6 +41,7 @@ from PIL import Image, ImageColor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, AutoTokenizer, Florence2Model
 
 import sample
 import train
@@ -271,7 +272,7 @@ def test_preprocessing_equals_florences_own(tiny, batch):
     assert (ours - theirs.pixel_values).abs().max() < 1.01 * one_level
     assert (ours - theirs.pixel_values).abs().mean() < 0.25 * one_level  # Pillow rounds between its two passes, too
     prompt = theirs.input_ids[0, processor.num_image_tokens :]
-    florence = vlv.Florence2Model.from_pretrained(tiny / "florence")
+    florence = Florence2Model.from_pretrained(tiny / "florence")
     assert torch.equal(florence.language_model.shared(prompt)[None], encoder.prompt_embeds)
 
 
@@ -334,7 +335,7 @@ def test_one_batch_can_be_learned_and_the_captions_end_by_themselves(tiny, batch
         optimizer.zero_grad()
     assert loss < 0.05
     head.eval()
-    assert head.generate_with_ends(prompt_embeds, max_new_tokens=60) == [(c, True) for c in batch["caption"]]
+    assert head.generate(prompt_embeds, max_new_tokens=60, with_ends=True) == [(c, True) for c in batch["caption"]]
 
 
 def test_a_caption_that_is_cut_is_not_taught_to_end_there(tiny):
@@ -693,7 +694,7 @@ def test_the_file_overrides_the_defaults_and_flags_override_the_file(tmp_path):
 def test_full_size_models_have_the_papers_parameter_counts():
     with torch.device("meta"):  # shapes without memory
         model = VLV(VLVConfig(stage=2, random_init=True))
-    counts = {name: vlv.count_parameters(part) for name, part in model.parts().items()}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     assert (counts["unet"], counts["vae"], counts["text_encoder"]) == (865_910_724, 83_653_863, 340_387_840)
     token_table = 51_290 * 1024  # dropped after the prompt has been embedded
     assert abs(counts["davit"] + counts["bart"] + token_table - 776.5e6) < 0.5e6
@@ -2219,7 +2220,7 @@ def in_their_layout(model: VLV, florence) -> dict:
 
 @pytest.fixture(scope="module")
 def theirs(tiny):
-    florence = vlv.Florence2Model.from_pretrained(tiny / "florence")
+    florence = Florence2Model.from_pretrained(tiny / "florence")
     model = tiny_model(tiny, stage=2)
     torch.manual_seed(3)
     with torch.no_grad():  # learned, so unlike the pretrained
@@ -2263,17 +2264,17 @@ def test_the_authors_captioner_computes_what_its_parts_compute(tiny, theirs, bat
 
     # step by step, from pretrained parts and their weights
     t = {name.removeprefix("VLV_model."): w for name, w in theirs.items()}
-    florence = vlv.Florence2Model.from_pretrained(tiny / "florence").eval()
+    florence = Florence2Model.from_pretrained(tiny / "florence").eval()
     bart = florence.language_model
     bart.load_state_dict({n[len("model.language_model.model.") :]: w for n, w in t.items() if n.startswith("model.language_model.model.")})
-    ids = vlv.AutoTokenizer.from_pretrained(tiny / "florence")(VLVConfig.prompt, return_tensors="pt").input_ids.expand(4, -1)
+    ids = AutoTokenizer.from_pretrained(tiny / "florence")(VLVConfig.prompt, return_tensors="pt").input_ids.expand(4, -1)
     mlp = lambda x, name: torch.nn.functional.linear(
         torch.nn.functional.gelu(torch.nn.functional.linear(x, t[f"{name}.0.weight"], t[f"{name}.0.bias"])),
         t[f"{name}.2.weight"], t[f"{name}.2.bias"])  # fmt: skip
     clip = tiny_model(tiny).decoder
-    llm = vlv.AutoModelForCausalLM.from_pretrained(tiny / "qwen")
+    llm = AutoModelForCausalLM.from_pretrained(tiny / "qwen")
     llm.load_state_dict({n[len("qwen2_model.") :]: w for n, w in t.items() if n.startswith("qwen2_model.")})
-    tokenizer = vlv.AutoTokenizer.from_pretrained(tiny / "qwen")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "qwen")
     with torch.no_grad():
         pixels = model.encoder.preprocess(batch["image"])
         vision = florence.multi_modal_projector(florence.vision_tower(pixels).last_hidden_state)

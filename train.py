@@ -32,10 +32,10 @@ from data.loader import ImageTextDataset, SyntheticDataset, WithNoise, collate, 
 from data.meter import Meter
 from data.plot import draw_curves
 from data.processes import Watch, join_processes, leave, listen_to_signals, one_first, over_processes, prepare_device
-from data.processes import rank_and_world_size, run, say, start_workers, together
+from data.processes import rank_and_world_size, run, say, start_workers, to_device, together
 from data.results import panel
 from data.settings import Count, Seed, Text, Whole, read_flags_and_file
-from vlv import VLV, VLVConfig, load_config, to_device
+from vlv import VLV, VLVConfig, load_config
 
 Share = Annotated[float, ">= 0", "<= 1"]
 
@@ -196,21 +196,29 @@ def show(model: VLV, val_dataset, config: TrainConfig, device: torch.device):
 
 
 def describe_run(model: VLV, config: TrainConfig, source, dataset, start: int, bf16: bool, device: torch.device) -> str:
-    """What the run is, on a few lines."""
+    """What the run is, on a few lines; one for each part of the model: trained or frozen, and how many parameters."""
     world_size = rank_and_world_size()[1]
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / 1e9
     beginning = source or ("random weights" if config.random_init else "the pretrained models")
-    return (
-        f"starting from {beginning}, with {dataset}\n"
+    lines = [
+        f"starting from {beginning}, with {dataset}",
         f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images = {world_size} processes x"
         f" {grad_accum_steps} x {config.micro_batch_size}, {'bf16' if bf16 else 'fp32'} on {device.type}, learning rate"
-        f" {config.learning_rate:g} ({config.lr_schedule})\n"
-        f"{model.describe()}\n"
-        f"  memory a process: {weights:.2f} GB of weights, {gradients:.2f} GB of gradients,"
-        f" {2 * gradients / world_size:.2f} GB of optimizer state, and the activations"
-    )
+        f" {config.learning_rate:g} ({config.lr_schedule})",
+    ]
+    for name, part in model.parts().items():
+        is_trained = any(p.requires_grad for p in part.parameters())
+        count = sum(p.numel() for p in part.parameters())
+        lines.append(f"  {name:12} {'trained' if is_trained else 'frozen '} {count:>13,} parameters")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    lines += [
+        f"  {'total':12} {trained:,} of {total:,} parameters are trained",
+        f"  memory a process: {weights:.2f} GB of weights, {4 * trained / 1e9:.2f} GB of gradients,"
+        f" {8 * trained / 1e9 / world_size:.2f} GB of optimizer state, and the activations",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv=None):

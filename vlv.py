@@ -17,7 +17,6 @@ B batch, S image side in pixels, N queries, D width of CLIP's text model, T capt
 import dataclasses
 import math
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,14 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import Florence2Model, GenerationConfig
+from transformers import GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
-from data.checkpoint import MODEL_CARD, find_checkpoint, read_config, write_folder, write_json, write_tensors
-from data.pretrained import FlorenceVision, FlorenceVisionAndWords, Weights, load
+from data.checkpoint import find_checkpoint, read_config, save_model
+from data.pretrained import PREFIXES, Weights, load_florence, load_language_model, load_pipeline
+from data.processes import to_device
 from data.settings import Count, Pixels, Settings, Text
 
 ENCODER_PARTS = ("bart", "queries", "projection")
@@ -99,13 +98,6 @@ def own_precision(x: torch.Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """x on the device, or None for None. From pinned memory, so that the host does not wait for a GPU."""
-    if x is None or device.type != "cuda":
-        return x if x is None else x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 def draw_noise(seeds, latent_shape: tuple[int, int, int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For B seeds, one a sample (None: torch's generator): (B, 2, *latent_shape), N(0, 1), its draw from the VAE's posterior
     and its noise; and (B,), its timestep, uniform in [0, steps). The same on every device and in any batch."""
@@ -126,38 +118,20 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
         super().__init__()
-        here = partial(load, name=config.encoder, random_init=config.random_init)
-        role, held = "vision encoder (--encoder)", weights.hold("encoder.")  # is BART the checkpoint's?
-        knows_prompt, learned = weights.hold("encoder.prompt_embeds"), dtype_of("bart")
-        kind = Florence2Model if not held else FlorenceVision if knows_prompt else FlorenceVisionAndWords
-        florence = here(kind, role=role, dtype=dtype_of("davit") if held else learned)
+        florence, bart, prompt_embeds, processor = load_florence(config, weights, dtype_of("bart"), dtype_of("davit"))
+        width = florence.config.text_config.d_model
         self.davit = nn.ModuleDict({"tower": florence.vision_tower, "projector": florence.multi_modal_projector})
         self.davit.to(dtype_of("davit"))
-
-        # The prompt is constant, so its embeddings are too, and BART's token table (52 M weights) can go.
-        if knows_prompt:
-            embeds = weights.take("encoder.prompt_embeds")[...]
-        else:
-            ids = torch.tensor([here(AutoTokenizer, role="vision encoder's tokenizer (--encoder)")(config.prompt).input_ids])
-            embeds = florence.language_model.shared(ids).detach()
-        self.register_buffer("prompt_embeds", embeds.to(learned))  # (1, T, width)
-
-        width = florence.config.text_config.d_model
-        with torch.device("meta") if held else nullcontext():
-            language_model = AutoModel.from_config(florence.config.text_config) if held else florence.language_model
-            self.bart = nn.ModuleDict({"encoder": language_model.encoder, "decoder": language_model.decoder})
-            self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
-            self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
-        self.bart["encoder"].embed_tokens = self.bart["decoder"].embed_tokens = None
+        self.register_buffer("prompt_embeds", prompt_embeds)  # (1, T, width)
+        self.bart = nn.ModuleDict({"encoder": bart.encoder, "decoder": bart.decoder})
+        self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
+        self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
         for name in ENCODER_PARTS:
-            part = getattr(self, name)
-            weights.fill(part, prefix_of(name), learned) if held else part.to(learned)
+            weights.fill(getattr(self, name), PREFIXES[name], dtype_of(name))
 
-        processor = here(AutoImageProcessor, role="vision encoder's image processor (--encoder)")
         self.size = config.encoder_image_size
-        vision_config = florence.config.vision_config
-        smallest = math.prod(vision_config.patch_stride)  # pixels a side that one token stands for
-        largest = smallest * vision_config.max_position_embeddings
+        smallest = math.prod(florence.config.vision_config.patch_stride)  # pixels a side that one token stands for
+        largest = smallest * florence.config.vision_config.max_position_embeddings
         if not smallest <= self.size <= largest:
             raise ValueError(f"encoder_image_size is {self.size}; {config.encoder} takes {smallest} to {largest} pixels")
         for name in ("image_mean", "image_std"):
@@ -200,28 +174,21 @@ class DiffusionDecoder(nn.Module):
         self.load(with_unet, dtype)
         positions = self.text_encoder.config.max_position_embeddings
         if config.num_queries > positions:
-            raise ValueError(
-                f"num_queries is {config.num_queries}, but the text encoder of {self.name} has {positions} positions:"
-                f" choose at most {positions}"
-            )
+            raise ValueError(f"num_queries is {config.num_queries}, but the text encoder of {self.name} has {positions} positions:"
+                             f" choose at most {positions}")  # fmt: skip
 
     def load(self, with_unet: bool, dtype: torch.dtype):
-        parts = {} if with_unet else {"vae": None, "unet": None}
-        self.pipeline = load(
-            StableDiffusionPipeline, self.name, "text-to-image model (--diffusion_model)", self.random_init,
-            dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts,
-        )  # fmt: skip
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load_pipeline(self.name, with_unet, self.random_init, dtype)
         self.text_encoder, self.vae, self.unet = self.pipeline.text_encoder, self.pipeline.vae, self.pipeline.unet
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)  # the noise schedule of training
         self.draw_noise = None
         if with_unet:
-            side = self.image_size // self.pipeline.vae_scale_factor
-            self.draw_noise = partial(draw_noise, latent_shape=(self.vae.config.latent_channels, side, side),
-                                      steps=self.scheduler.config.num_train_timesteps)  # fmt: skip
+            scale = self.pipeline.vae_scale_factor  # 8 pixels a side are one of the latents'
+            if self.image_size % max(8, scale):
+                raise ValueError(f"image_size is {self.image_size}, but {self.name} draws multiples of {max(8, scale)} pixels")
+            shape = (self.vae.config.latent_channels, self.image_size // scale, self.image_size // scale)
+            self.draw_noise = partial(draw_noise, latent_shape=shape, steps=self.scheduler.config.num_train_timesteps)
         freeze(self)
-        if with_unet and self.image_size % (multiple := max(8, self.pipeline.vae_scale_factor)):
-            raise ValueError(f"image_size is {self.image_size}, but {self.name} draws multiples of {multiple} pixels")
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
         """CLIP's text transformer on vectors instead of token ids: ẑ (B, N, D) -> c (B, N, D).
@@ -299,23 +266,11 @@ class CaptionHead(nn.Module):
 
     def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
         super().__init__()
-        held = {part: weights.hold(prefix_of(part)) for part in CAPTION_PARTS}  # by the checkpoint
-        brings = held["llm"] and (weights.folder / "llm").is_dir()  # its configuration and tokenizer, too
-        here = partial(load, name=str(weights.folder / "llm") if brings else config.llm,
-                       random_init=config.random_init and not brings)  # fmt: skip
-        if held["llm"]:
-            llm_config = here(AutoConfig, role="language model's configuration (--llm)")
-            self.llm = weights.language_model(llm_config, prefix_of("llm"), dtype_of("llm"))
-        else:
-            self.llm = here(AutoModelForCausalLM, role="language model (--llm)", dtype=dtype_of("llm"))
-        self.tokenizer = here(AutoTokenizer, role="language model's tokenizer (--llm)")
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token, so its captions could not end")
+        self.llm, self.tokenizer = load_language_model(config, weights, dtype_of("llm"))
         self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
         width = self.llm.get_input_embeddings().embedding_dim
-        with torch.device("meta") if held["mlp"] else nullcontext():
-            self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
-        weights.fill(self.mlp, prefix_of("mlp"), dtype_of("mlp")) if held["mlp"] else self.mlp.to(dtype_of("mlp"))
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
+        weights.fill(self.mlp, PREFIXES["mlp"], dtype_of("mlp"))
 
     def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Cross-entropy of the captions and their end token, given c (B, N, D): the mean over each caption's tokens,
@@ -336,13 +291,8 @@ class CaptionHead(nn.Module):
         return (losses.sum(1) / lengths).mean()
 
     @torch.no_grad()
-    def generate(self, prompt_embeds: torch.Tensor, num_beams: int = 4, max_new_tokens: int = 300) -> list[str]:
-        """Reads c (B, N, D) aloud by beam search: B captions."""
-        return [caption for caption, _ in self.generate_with_ends(prompt_embeds, num_beams, max_new_tokens)]
-
-    @torch.no_grad()
-    def generate_with_ends(self, prompt_embeds, num_beams: int = 4, max_new_tokens: int = 300):
-        """As generate, but B pairs: the caption, and whether it ended by itself."""
+    def generate(self, prompt_embeds: torch.Tensor, num_beams: int = 4, max_new_tokens: int = 300, with_ends: bool = False) -> list:
+        """Reads c (B, N, D) aloud by beam search: B captions. with_ends: B pairs, the caption and whether it ended by itself."""
         check_batch(prompt_embeds)
         prefix = self.mlp(prompt_embeds.to(self.mlp[0].weight.dtype)).to(self.llm.dtype)
         eos, cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
@@ -352,7 +302,7 @@ class CaptionHead(nn.Module):
         ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)  # new ones only
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         captions = [cut_caption(caption) if cut else caption.strip() for caption in captions]
-        return [(caption, bool((row == eos).any())) for caption, row in zip(captions, ids)]
+        return list(zip(captions, (ids == eos).any(1).tolist())) if with_ends else captions
 
 
 class VLV(nn.Module):
@@ -385,15 +335,6 @@ class VLV(nn.Module):
             parts |= {name: getattr(self.caption_head, name) for name in CAPTION_PARTS}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def describe(self) -> str:
-        """One line a part: trained or frozen, and how many parameters."""
-        lines = []
-        for name, part in self.parts().items():
-            trained = any(p.requires_grad for p in part.parameters())
-            lines.append(f"  {name:12} {'trained' if trained else 'frozen '} {count_parameters(part):>13,} parameters")
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return "\n".join(lines + [f"  {'total':12} {trained:,} of {count_parameters(self):,} parameters are trained"])
-
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> c: (B, N, D), what the UNet and the LLM read. Without gradients where this stage trains
         nothing that leads here."""
@@ -421,25 +362,11 @@ class VLV(nn.Module):
         model card, README.md. A crash at any moment leaves the old folder or the new one, whole. Raises OSError when it cannot
         be written, and where the folder holds other files; then nothing has changed. Raises ValueError for weights that are
         not finite."""
-
-        def write(new: Path):
-            self.save_about(new)
-            (new / "README.md").write_text(MODEL_CARD.format(**vars(self.config)))
-            write_tensors(new / "model.safetensors", self.learned_state(), self.config)
-
-        write_folder(Path(folder), write, ("config.json", "model.safetensors", "llm", "README.md"))
-
-    def save_about(self, folder: Path) -> None:
-        """What a checkpoint has beside its weights: config.json and, where the LLM has learned, its configuration and
-        tokenizer."""
-        if "llm" in self.config.learned:
-            self.caption_head.llm.config.save_pretrained(folder / "llm")
-            self.caption_head.tokenizer.save_pretrained(folder / "llm")
-        write_json(folder / "config.json", dataclasses.asdict(self.config))
+        save_model(Path(folder), self)
 
     def learned_state(self) -> dict[str, torch.Tensor]:
         """Name -> weight of the learned parts. Tied weights (an LLM's embeddings and head) are stored once."""
-        prefixes = tuple(map(prefix_of, self.config.learned))
+        prefixes = tuple(PREFIXES[part] for part in self.config.learned)
         prefixes += ("encoder.prompt_embeds",)  # of Florence-2's token table, which so need not be read
         state, seen = {}, set()
         for name, weight in self.state_dict().items():
@@ -458,31 +385,13 @@ class VLV(nn.Module):
         Raises OSError when there is none, ValueError when it does not fit.
         """
         folder = find_checkpoint(folder)
-        saved, on_gpu = load_config(folder), torch.device(device or "cpu").type == "cuda"
-        # what trains on the CPU must not lie in a file that the run will remove
-        used_as = dtype if not for_training else torch.float32 if on_gpu else None
-        weights = Weights(folder, used_as)
+        saved, weights = load_config(folder), Weights(folder, dtype, for_training, device)
         config = dataclasses.replace(saved, **overrides)
-        if (folder / "llm").is_dir() and config.llm != saved.llm and config.stage == 2:
-            raise ValueError(f"the checkpoint {folder} brings its own language model, {saved.llm}: leave --llm {config.llm} out")
-        for part in saved.learned:
-            if not weights.hold(prefix_of(part)):
-                raise weights.problem(f"{prefix_of(part)}* is missing")
-        if config.prompt != saved.prompt:
-            weights.left.pop("encoder.prompt_embeds", None)
+        weights.check_fit(config, saved)
         model = cls(config, for_training, with_unet, dtype, device, weights)
-        if weights.left and config.stage == saved.stage:
-            raise weights.problem(f"{min(weights.left)} belongs to no part")
+        if config.stage == saved.stage:
+            weights.check_used()
         return model.eval()
-
-
-def prefix_of(part: str) -> str:
-    """What the names of a learned part's weights begin with."""
-    return f"encoder.{part}." if part in ENCODER_PARTS else f"caption_head.{part}."
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def load_config(folder: Path) -> VLVConfig:

@@ -117,6 +117,25 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], config) -> None:
         raise OSError(f"cannot write {file}: {' '.join(str(error).split())}") from error
 
 
+def write_about(folder: Path, model) -> None:
+    """What a checkpoint has beside its weights: config.json and, where the LLM has learned, its configuration and tokenizer."""
+    if "llm" in model.config.learned:
+        model.caption_head.llm.config.save_pretrained(folder / "llm")
+        model.caption_head.tokenizer.save_pretrained(folder / "llm")
+    write_json(folder / "config.json", dataclasses.asdict(model.config))
+
+
+def save_model(folder: Path, model) -> None:
+    """A VLV's folder; see VLV.save_pretrained."""
+
+    def write(new: Path):
+        write_about(new, model)
+        (new / "README.md").write_text(MODEL_CARD.format(**vars(model.config)))
+        write_tensors(new / "model.safetensors", model.learned_state(), model.config)
+
+    write_folder(folder, write, ("config.json", "model.safetensors", "llm", "README.md"))
+
+
 def open_tensors(folder: Path, kind: str, mapped: bool = False):
     """Yields each of a checkpoint's safetensors files of a kind, model or optimizer, opened. mapped: tensors that are used as
     they are cost no reading and no memory of their own; converted ones would be in memory twice. Raises OSError when one
@@ -331,7 +350,7 @@ class Saver:
             write_tensors(folder / f"optimizer{self.part}.safetensors", state, self.model.config)
             if self.rank == 0:
                 write_json(folder / "trainer.json", {"step": step} | self.about)
-                self.model.save_about(folder)
+                write_about(folder, self.model)
             sync(folder)
             self.problem = None
         except (OSError, ValueError) as error:
@@ -470,6 +489,7 @@ def remove(folders: list[Path], removing: Path) -> None:
 class SpeedConfig(Settings):
     folder: Text
     gigabytes: Annotated[float, "> 0", "<= 1000"]  # of float32 weights that learn; AdamW's state is twice that
+    learned = ()
 
 
 class Weights(torch.nn.Module):
@@ -483,9 +503,6 @@ class Weights(torch.nn.Module):
 
     def learned_state(self) -> dict[str, torch.Tensor]:
         return self.state_dict()
-
-    def save_about(self, folder: Path) -> None:
-        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
 
 def measure() -> None:

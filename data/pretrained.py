@@ -4,6 +4,7 @@ will run; a part that a checkpoint holds is built without weights (on torch's me
 """
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -11,7 +12,8 @@ import torch
 import torch.nn as nn
 import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, Florence2Model
 from transformers.models.florence2.modeling_florence2 import (
     Florence2MultiModalProjector, Florence2PreTrainedModel, Florence2VisionBackbone,
 )  # fmt: skip
@@ -19,6 +21,10 @@ from transformers.models.florence2.modeling_florence2 import (
 from data.checkpoint import open_tensors
 
 REPOSITORY = Path(__file__).parent.parent
+PREFIXES = {  # what the names of a learned part's weights begin with
+    "bart": "encoder.bart.", "queries": "encoder.queries.", "projection": "encoder.projection.",
+    "mlp": "caption_head.mlp.", "llm": "caption_head.llm.",
+}  # fmt: skip
 LARGE = 500e6  # bytes of a checkpoint, from which on CPUs are faster in bf16
 
 
@@ -82,6 +88,15 @@ def load(cls, name: str, role: str, random_init: bool = False, dtype: torch.dtyp
         ) from error
 
 
+def load_pipeline(name: str, with_unet: bool, random_init: bool, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A text-to-image model, without VAE and UNet where only its text encoder is needed."""
+    parts = {} if with_unet else {"vae": None, "unet": None}
+    pipeline = load(StableDiffusionPipeline, name, "text-to-image model (--diffusion_model)", random_init, dtype,
+                    safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 class FlorenceVision(Florence2PreTrainedModel):
     """Of Florence-2 what no checkpoint brings: the vision tower and its projector."""
 
@@ -117,11 +132,14 @@ FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  
 
 class Weights:
     """The learned weights of a checkpoint folder, each of which is read when it is taken, and taken once; none where a model
-    starts from the pretrained ones (folder None). used_as: the type in which they will be used as they lie in the file, if that
-    is their type: then they are mapped, which is three times faster. None: they will change, or move."""
+    starts from the pretrained ones (folder None). What will be used as it lies in the file, in this dtype, is mapped, which is three
+    times faster."""
 
-    def __init__(self, folder: Path | None = None, used_as: torch.dtype | None = None):
+    def __init__(self, folder: Path | None = None, dtype=torch.float32, for_training: bool = False, device=None):
         self.folder, self.left = folder, {}
+        used_as = dtype
+        if for_training:  # what trains on the CPU must not lie in a file that the run will remove
+            used_as = torch.float32 if torch.device(device or "cpu").type == "cuda" else None
         for mapped in (True, False) if folder else ():
             self.left = {name: file.get_slice(name) for file in open_tensors(folder, "model", mapped) for name in file.keys()}
             if mapped and {weight.get_dtype() for weight in self.left.values()} == {FORMATS.get(used_as)}:
@@ -150,13 +168,69 @@ class Weights:
         return {name: self.take(prefix + name, w.shape) for name, w in module.state_dict().items() if name not in tied}
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-        """Gives a module that was built on the meta device its weights."""
-        state = {name: weight[...].to(dtype) for name, weight in self.take_all(module, prefix).items()}
-        module.load_state_dict(state, assign=True)
+        """Gives a module, which may be on the meta device, the weights that the checkpoint holds of it, and this precision."""
+        if self.hold(prefix):
+            state = {name: weight[...].to(dtype) for name, weight in self.take_all(module, prefix).items()}
+            module.load_state_dict(state, assign=True)
+        else:
+            module.to(dtype)
 
-    @no_loading_bars()
-    def language_model(self, config, prefix: str, dtype: torch.dtype) -> nn.Module:
-        """A causal LM of transformers, which looks after its buffers and tied weights."""
+    def check_fit(self, config, saved) -> None:
+        """Raises ValueError where a model of `config` would miss something in this checkpoint, whose own configuration is `saved`."""
+        if (self.folder / "llm").is_dir() and config.llm != saved.llm and config.stage == 2:
+            raise ValueError(f"the checkpoint {self.folder} brings its own language model, {saved.llm}: leave --llm {config.llm} out")
+        for part in saved.learned:
+            if not self.hold(PREFIXES[part]):
+                raise self.problem(f"{PREFIXES[part]}* is missing")
+        if config.prompt != saved.prompt:
+            self.left.pop("encoder.prompt_embeds", None)
+
+    def check_used(self) -> None:
+        """Raises ValueError where a weight was taken by nobody."""
+        if self.left:
+            raise self.problem(f"{min(self.left)} belongs to no part")
+
+
+def load_florence(config, weights: Weights, dtype: torch.dtype, frozen_dtype: torch.dtype) -> tuple:
+    """Of Florence-2 what a VLV needs: (model with vision_tower, multi_modal_projector and config; BART, with encoder and decoder, on
+    the meta device where the checkpoint brings it; the prompt's embeddings, (1, T, width); the image processor)."""
+    here = partial(load, name=config.encoder, random_init=config.random_init)
+    held, knows_prompt = weights.hold(PREFIXES["bart"]), weights.hold("encoder.prompt_embeds")
+    kind = Florence2Model
+    if held:
+        kind = FlorenceVision if knows_prompt else FlorenceVisionAndWords
+    florence = here(kind, role="vision encoder (--encoder)", dtype=frozen_dtype if held else dtype)
+    # The prompt is constant, so its embeddings are too, and BART's token table (52 M weights) can go.
+    if knows_prompt:
+        prompt_embeds = weights.take("encoder.prompt_embeds")[...]
+    else:
+        ids = here(AutoTokenizer, role="vision encoder's tokenizer (--encoder)")(config.prompt).input_ids
+        prompt_embeds = florence.language_model.shared(torch.tensor([ids])).detach()
+    if held:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return type(empty).from_pretrained(None, config=config, state_dict=self.take_all(empty, prefix), dtype=dtype)
+            bart = AutoModel.from_config(florence.config.text_config)
+    else:
+        bart = florence.language_model
+    bart.encoder.embed_tokens = bart.decoder.embed_tokens = None
+    processor = here(AutoImageProcessor, role="vision encoder's image processor (--encoder)")
+    return florence, bart, prompt_embeds.to(dtype), processor
+
+
+@no_loading_bars()
+def load_language_model(config, weights: Weights, dtype: torch.dtype) -> tuple:
+    """(causal LM, tokenizer): the checkpoint's, where it brings them."""
+    held = weights.hold(PREFIXES["llm"])
+    brings = held and (weights.folder / "llm").is_dir()  # its configuration and tokenizer, too
+    here = partial(load, name=str(weights.folder / "llm") if brings else config.llm,
+                   random_init=config.random_init and not brings)  # fmt: skip
+    tokenizer = here(AutoTokenizer, role="language model's tokenizer (--llm)")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token, so its captions could not end")
+    if not held:
+        return here(AutoModelForCausalLM, role="language model (--llm)", dtype=dtype), tokenizer
+    llm_config = here(AutoConfig, role="language model's configuration (--llm)")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(llm_config, dtype=dtype)
+    state = weights.take_all(empty, PREFIXES["llm"])
+    # transformers looks after its buffers and tied weights
+    return type(empty).from_pretrained(None, config=llm_config, state_dict=state, dtype=dtype), tokenizer

@@ -50,6 +50,13 @@ def prepare_device(device: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def to_device(x: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """x on the device, or None for None. From pinned memory, so that the host does not wait for a GPU."""
+    if x is None or device.type != "cuda":
+        return x if x is None else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def join_processes(backend: str, patience: timedelta = timedelta(hours=1)) -> None:
     """Makes the process group of all that torchrun started, and waits for them. patience: how long one may wait for another,
     which may be indexing a new data folder."""

@@ -216,7 +216,7 @@ def main(argv=None):
                         ("embedding", embeds)]:  # fmt: skip
             losses[name].append((decoder.denoising_loss(images, c, noise).item(), len(images)))
         if captioner is not None:
-            pairs = captioner.generate_with_ends(embeds, args.num_beams)
+            pairs = captioner.generate(embeds, args.num_beams, with_ends=True)
             captions += [caption for caption, _ in pairs]
             ended += [end for _, end in pairs]
             redraw("generated caption", captions[here])
