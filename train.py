@@ -21,7 +21,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -144,10 +143,10 @@ def speed_up(model: VLV, config: TrainConfig) -> None:
     if "unet" in config.gradient_checkpointing and "unet" in parts:
         parts["unet"].enable_gradient_checkpointing()
     if "bart" in config.gradient_checkpointing:
-        parts["bart"]["encoder"].gradient_checkpointing_enable()
-        parts["bart"]["decoder"].gradient_checkpointing_enable()
+        parts["bart"]["encoder"].activation_checkpointing_enable()
+        parts["bart"]["decoder"].activation_checkpointing_enable()
     if "llm" in config.gradient_checkpointing and "llm" in parts:
-        parts["llm"].gradient_checkpointing_enable()
+        parts["llm"].activation_checkpointing_enable()
 
 
 def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
@@ -280,6 +279,8 @@ def main(argv=None):
     # The weights that learn stay in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. What
     # that costs in memory, AdamW's two moments, is shared out among the processes (ZeRO's first stage).
     if world_size > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes nearly as long to import as torch
+
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw)
         for p in params:  # gradients live in DDP's buckets from the start: none is ever there twice
             p.grad = torch.zeros((), device=device).expand_as(p)
