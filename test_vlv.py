@@ -31,6 +31,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -1904,8 +1905,8 @@ def count(arguments: list[str], processes: int) -> tuple[float, float]:
                     loss = train.loss_of(model, collate([dataset[0]] * size), device)
                 loss.backward()
                 del loss
-        with autocast():
-            flops = train.count_flops(model, dataset[0], device)
+        with autocast():  # for the tables alone, as it takes long
+            flops = train.count_flops(model, dataset[0], device) if SLOW else math.nan
     adamw = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad) / processes
     return flops / 1e12, (live.peak + adamw) / 1e9
 
@@ -2063,6 +2064,18 @@ def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_file_imports_only_from_those_above_it():
+    """As the README says, which lists them."""
+    section = (HERE / "README.md").read_text().split("## Which file is for what")[1].split("5. commands")[0]
+    order = [name if name.endswith(".py") else f"data/{name}.py" for name in re.findall(r"\[`([a-z.]+)`\]", section)]
+    assert sorted(order) == sorted(["vlv.py", *(f"data/{path.name}" for path in (HERE / "data").glob("*.py") if path.name != "latents.py")])
+    for number, name in enumerate(order):
+        found = re.findall(r"^ *(?:from|import) (data\.\w+|vlv|train|sample)\b", (HERE / name).read_text(), re.M)
+        imported = {module.replace(".", "/") + ".py" for module in found}
+        assert imported <= set(order[:number]), name
+    assert not re.search(r"^ *(?:from|import) (?:train|sample)\b", "\n".join(p.read_text() for p in (HERE / "data").rglob("*.py")), re.M)
 
 
 def test_every_epoch_shows_every_sample_once_and_a_step_can_be_fetched_directly():
