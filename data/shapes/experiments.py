@@ -398,7 +398,7 @@ def mixing(subject: Subject) -> tuple[list[dict], dict]:
 
 def knowledge(subject: Subject) -> tuple[list[dict], dict]:
     number, rows = subject.token_embeds.shape[1], []
-    for count in range(number + 1):
+    for count in sorted({*range(5), *range(0, number + 1, max(1, number // 10)), number}):
         tokens = subject.token_embeds.clone()
         tokens[:, count:] = subject.nothing
         rows.append({"first queries": count, **subject.judge(subject.redraw_tokens(tokens))})
@@ -432,31 +432,27 @@ def cross_attention(subject: Subject, images: torch.Tensor) -> torch.Tensor:
     return weights.unflatten(-1, (side, side))
 
 
-def attention_sheet(subject: Subject, without: list[list], count: int = 3) -> Image.Image:
-    """For a few images, a column each query: where it looks, and what is drawn without it."""
-    shown = [i for i, truth in enumerate(subject.truths) if len(truth["objects"]) == 3][:count]
-    weights, side, gap, label = cross_attention(subject, subject.originals[shown]), 96, 6, 26
-    redrawn = subject.redraw_tokens(subject.token_embeds[shown])
-    number, font = weights.shape[1], ImageFont.load_default(18)
-    sheet = Image.new("RGB", ((number + 1) * (side + gap) + 70, label + count * (2 * (side + gap) + gap)), "white")
+def attention_sheet(subject: Subject, without: list[list], columns: int = 8) -> Image.Image:
+    """Of one image: for each query where it looks, over what is drawn without it."""
+    scene = next((i for i, truth in enumerate(subject.truths) if len(truth["objects"]) == 3), 0)
+    weights = cross_attention(subject, subject.originals[scene : scene + 1])[0]  # (N, 8, 8)
+    redrawn = subject.redraw_tokens(subject.token_embeds[scene : scene + 1])[0]
+    original = Image.fromarray(subject.originals[scene].permute(1, 2, 0).numpy())
+    cells = [("image", original, redrawn)]
+    for query, heat in enumerate(weights / weights.amax((1, 2), keepdim=True)):
+        heat = torch.nn.functional.interpolate(heat[None, None], (RESOLUTION, RESOLUTION), mode="bilinear")[0, 0].numpy()
+        light = np.asarray(original) * (0.25 + 0.75 * heat[..., None])
+        cells.append((f"query {query + 1}", Image.fromarray(light.round().astype(np.uint8)), without[query][scene]))
+    side, gap, label, font = 96, 6, 24, ImageFont.load_default(16)
+    high = label + 2 * (side + gap)
+    sheet = Image.new("RGB", ((columns + 1) * (side + gap), -(-len(weights) // columns) * high), "white")
     drawing = ImageDraw.Draw(sheet)
-    for column in range(number + 1):
-        drawing.text((70 + column * (side + gap) + side / 2, 3), f"query {column}" if column else "image", "black", font, "ma")
-    for row, scene in enumerate(shown):
-        top = label + row * (2 * (side + gap) + gap)
-        for line, text in enumerate(["looks", "drawn\nwithout"]):
-            drawing.text((4, top + line * (side + gap) + side / 2), text, "black", font, "lm")
-        put = lambda image, column, line: sheet.paste(image.resize((side, side), Image.Resampling.NEAREST),
-                                                      (70 + column * (side + gap), top + line * (side + gap)))  # fmt: skip
-        original = Image.fromarray(subject.originals[scene].permute(1, 2, 0).numpy())
-        put(original, 0, 0)
-        put(redrawn[row], 0, 1)
-        for query in range(number):
-            heat = weights[row, query] / weights[row, query].max()
-            heat = torch.nn.functional.interpolate(heat[None, None], (RESOLUTION, RESOLUTION), mode="bilinear")[0, 0].numpy()
-            light = np.asarray(original) * (0.25 + 0.75 * heat[..., None])
-            put(Image.fromarray(light.round().astype(np.uint8)), query + 1, 0)
-            put(without[query][scene], query + 1, 1)
+    for number, (name, above, below) in enumerate(cells):
+        row, column = divmod(number - 1, columns) if number else (0, -1)  # the image has a column of its own
+        left, top = (column + 1) * (side + gap), row * high
+        drawing.text((left + side / 2, top + 2), name, "black", font, "ma")
+        sheet.paste(above.resize((side, side), Image.Resampling.NEAREST), (left, top + label))
+        sheet.paste(below.resize((side, side), Image.Resampling.NEAREST), (left, top + label + side + gap))
     return sheet
 
 
