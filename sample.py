@@ -80,15 +80,22 @@ def collect(names: tuple[str, ...], results: Results) -> tuple[list[Source], lis
     for name in map(Path, names):
         if name.is_dir():
             found = [path for path in find_images(name) if not (path.resolve() in drawn and is_drawn(path))]
-            shards += [name] if any(name.rglob("*.tar")) else []
-            problems += [] if found or name in shards else [f"{name}: the folder holds no images"]
-        elif name.exists():
-            found = [] if name.suffix == ".tar" else [name]
-            shards += [] if found else [name]
+            has_shards = any(name.rglob("*.tar"))
+            paths += found
+            if has_shards:
+                shards.append(name)
+            if not found and not has_shards:
+                problems.append(f"{name}: the folder holds no images")
+        elif not name.exists():
+            problems.append(f"{name}: there is no such file")
+        elif name.suffix == ".tar":
+            shards.append(name)
         else:
-            found, problems = [], [*problems, f"{name}: there is no such file"]
-        paths += found
-    return [Source("captions", paths=paths)] * bool(paths) + find_shards(shards), problems
+            paths.append(name)
+    sources = find_shards(shards)
+    if paths:
+        sources.insert(0, Source("captions", paths=paths))
+    return sources, problems
 
 
 def check(args: SampleConfig, world_size: int) -> Path:
@@ -213,7 +220,10 @@ def main(argv=None) -> int:
             written = work_through(args, model, device, work, batches, results)
         written = sum(gather(written))
         if is_main:
-            work.finish(results) if args.captions_only else results.write_all()
+            if args.captions_only:
+                work.finish(results)
+            else:
+                results.write_all()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -226,9 +236,10 @@ def main(argv=None) -> int:
         if written or not problems:
             what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
             print(f"{what} in {args.out}/" + ("" if batches else "; nothing was left to do"), file=sys.stderr)
-        more = [f"and {len(problems) - 100:,} more: see {args.out / 'unreadable.txt'}"] * (len(problems) > 100)
-        for problem in problems[:100] + more:
+        for problem in problems[:100]:
             print(f"error: {printable(problem)}", file=sys.stderr)
+        if len(problems) > 100:
+            print(f"error: and {len(problems) - 100:,} more: see {args.out / 'unreadable.txt'}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -345,8 +345,8 @@ def main(argv=None):
             speed, logged = meter.end_lap(), []
             skipped = watch.count_skipped(step, (step - start) * config.batch_size)
             bar.set_postfix(loss=f"{loss or math.nan:.4f}", data=f"{speed['waiting_for_data']:.0%}")
-            journal.log(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item() if grad_norm.isfinite() else None, **speed,
-                        skipped=skipped, non_finite_steps=watch.not_finite)  # fmt: skip
+            journal.log(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), **speed, skipped=skipped,
+                        non_finite_steps=watch.not_finite)  # fmt: skip
         if step - start == 2 * config.log_interval or finished:
             say(meter.sentence())
         if watch.error:

@@ -70,8 +70,9 @@ class VLVConfig(Settings):
     @property
     def learned(self) -> tuple[str, ...]:
         """The parts that differ from the pretrained models after this stage: what a checkpoint holds."""
-        caption_parts = ("mlp", "llm") if "llm" in self.stage2_trains else ("mlp",)
-        return ENCODER_PARTS + caption_parts * (self.stage == 2)
+        if self.stage == 1:
+            return ENCODER_PARTS
+        return ENCODER_PARTS + (CAPTION_PARTS if "llm" in self.stage2_trains else ("mlp",))
 
     @property
     def denoises(self) -> bool:
@@ -246,8 +247,7 @@ class DiffusionDecoder(nn.Module):
             device, dtype = self.text_encoder.device, self.text_encoder.dtype
             self.load(True, dtype)
             self.to(device)
-        is_text = isinstance(prompt[0], str)
-        kwargs = {"prompt": prompt} if is_text else {"prompt_embeds": prompt.to(self.unet.dtype)}
+        kwargs = {"prompt": prompt} if isinstance(prompt[0], str) else {"prompt_embeds": prompt.to(self.unet.dtype)}
         return self.pipeline(
             **kwargs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for seed in seeds],

@@ -204,7 +204,8 @@ class Work:
     def note(self, source: Source, problems: list[str]) -> None:
         """What of a source cannot be read, in place of what was noted of it before."""
         file = self.noted(source)
-        problems = [source.problem] * bool(source.problem) + problems
+        if source.problem:
+            problems = [source.problem, *problems]
         file.parent.mkdir(parents=True, exist_ok=True)
         if problems or file.exists():
             write_lines(file, [printable(problem) + "\n" for problem in problems])

@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -434,6 +435,8 @@ class Journal:
             tqdm.write(f"error: {self.run_dir / name} is not written: {error.strerror or error}")
 
     def log(self, step: int, **values) -> None:
+        """A line of log.jsonl; what is not finite, JSON has no word for."""
+        values = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
         self.write(append, "log.jsonl", json.dumps({"step": step, **values}))
         for name, value in values.items() if self.board else ():
             if value is not None:
