@@ -496,7 +496,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
     (["--mix", str(TOY.parent / "example.png"), str(TOY)], "--mix takes two image files"),
     (["--mix", "a.png", "b.png"], "a.png: there is no such file"),
     (["c.png", "--mix", "a.png", "b.png"], "--mix names its two images itself"),
-    (["--mix", *[str(TOY.parent / "example.png")] * 2, "--split", "99"], "split is 99, but the checkpoint has 16"),
+    (["--mix", *[str(TOY.parent / "example.png")] * 2, "--split", "99"], "split is 99, but the checkpoint has 40"),
     (["--ckpt", "nowhere"], "no checkpoint in nowhere"),
     (["--split", "99"], "--split needs --mix A B"),
     (["--num_beams", "0"], "num_beams is '0', but must be a whole number >= 1"),
@@ -778,13 +778,13 @@ def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(toy, toy_images):
         prompt_embeds = toy.embed(images)
     captions = toy.caption_head.generate(prompt_embeds)
     scores = score_captions(truths, captions)
-    assert scores["exact"] >= 0.85 and scores["attributes"] >= 0.97
+    assert scores["exact"] >= 0.95 and scores["attributes"] >= 0.99
     redrawn = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds, num_inference_steps=25))
     from_truth = score_pictures(truths, toy.decoder.reconstruct([describe(t) for t in truths], num_inference_steps=25))
     swapped = score_pictures(truths, toy.decoder.reconstruct(prompt_embeds.roll(1, 0), num_inference_steps=25))
-    assert redrawn["found"] > 0.85 and redrawn["place"] > 0.85
+    assert all(redrawn[name] > 0.95 for name in ("found", "color", "shape", "size", "place"))
     # the point of the paper: the embedding carries what words leave out
-    assert redrawn["psnr"] > from_truth["psnr"] > swapped["psnr"] and redrawn["offset"] < from_truth["offset"]
+    assert redrawn["psnr"] - 3 > from_truth["psnr"] > swapped["psnr"] and redrawn["offset"] < 0.5 * from_truth["offset"]
 
 
 def test_mixing_takes_some_queries_of_each_image(toy_images, toy, tmp_path, capsys):
@@ -792,14 +792,14 @@ def test_mixing_takes_some_queries_of_each_image(toy_images, toy, tmp_path, caps
         Image.fromarray(toy_images[0][i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     files = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     captions = {}
-    for split in (0, 8, 16):
+    for split in (0, 20, 40):
         out = tmp_path / str(split)
         assert sample.main(["--mix", *files, "--split", str(split), "--out", str(out), "--num_inference_steps", "5"]) == 0
         captions[split] = capsys.readouterr().out.strip().split(": ")[1]
         assert (out / "0+1.png").exists()
     assert sample.main(files + ["--captions_only", "--out", str(tmp_path / "alone")]) == 0
     alone = [line.split(": ")[1] for line in capsys.readouterr().out.strip().splitlines()]
-    assert [captions[16], captions[0]] == alone  # all queries of A, all of B
+    assert [captions[40], captions[0]] == alone  # all queries of A, all of B
 
 
 def test_the_same_seed_gives_the_same_output(tmp_path, capsys):
@@ -1676,8 +1676,8 @@ def test_a_published_checkpoint_is_found_by_its_hub_id(tiny, batch, tmp_path):
     command = [sys.executable, HERE / "sample.py", tiny / "data" / "00.png", "--captions_only", "--max_new_tokens", "5", "--ckpt"]
     result = subprocess.run([*command, "someone/vlv"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "00.png: " in result.stdout, result.stderr
-    result = subprocess.run([*command, "someone/else"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "there is no checkpoint in someone/else" in result.stderr and "hf download" in result.stderr
+    said = say_what_is_wrong([*command[2:], "someone/else"], sample.main)
+    assert "there is no checkpoint in someone/else" in said and "hf download" in said
 
 
 # --- real images: did my run work? --------------------------------------------------------------------------------------
@@ -1798,8 +1798,7 @@ def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, judges,
     (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0]) + "\n")
     for more, sentence in [(["--out", tmp_path / "c"], "has no caption of"), (["--data", tmp_path], "holds no shards"),
                            (["--inception", "nowhere"], "are not in nowhere")]:  # fmt: skip
-        end = run([sys.executable], *more)
-        assert end.returncode == 1 and sentence in end.stderr and "Traceback" not in end.stderr
+        assert sentence in say_what_is_wrong([*arguments[1:], *more], load_script("data/coco/evaluate.py").main)
 
 
 @pytest.mark.parametrize("answer, people, right", [
@@ -1837,8 +1836,7 @@ def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tm
     assert same[0] == same[1]
     for more, sentence in [(["--count", 31, "--out", tmp_path / "c"], "lower --count"), (["--shots", 0, "--out", tmp_path / "a"], "choose another"),
                            (["--out", tmp_path / "d", "--llm", "nowhere"], "language model (--llm) 'nowhere'")]:  # fmt: skip
-        end = run([sys.executable], *more)
-        assert end.returncode == 1 and sentence in end.stderr and "Traceback" not in end.stderr
+        assert sentence in say_what_is_wrong([*arguments[1:], *more], load_script("data/coco/questions.py").main)
 
 
 # --- the paper's run: sizes, memory, what is fast -----------------------------------------------------------------------

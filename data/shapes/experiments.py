@@ -72,7 +72,7 @@ class Run:
     pretrained models."""
 
     seed: int
-    queries: int = 16
+    queries: int = 16  # the bundled checkpoint has 40, and takes longer
     images: int = 30_000
     stage: int = 1
     after: "Run | None" = None
@@ -89,13 +89,15 @@ class Run:
         return base / "-".join(words).replace(" ", "-")
 
     def flags(self) -> list:
-        model = ["--llm", RUNS / "models" / self.llm] if self.llm != "medium" else []
+        flags = ["--num_queries", self.queries]
+        if self.llm != "medium":
+            flags += ["--llm", RUNS / "models" / self.llm]
         if self.stage == 1:
-            return ["--num_queries", self.queries, "--max_steps", STEPS[1]]
+            return [*flags, "--max_steps", STEPS[1]]
         if self.after:
-            return [*model, *PARTS[self.parts], "--max_steps", STEPS[2], "--init_from", self.after.folder / "stage1"]
+            return [*flags, *PARTS[self.parts], "--max_steps", STEPS[2], "--init_from", self.after.folder / "stage1"]
         # as many steps as both stages have, on captions alone, and everything of it learns
-        return ["--max_steps", STEPS[1] + STEPS[2], "--no-stage2_denoises", "--init_from", RUNS / "untrained",
+        return [*flags, "--max_steps", STEPS[1] + STEPS[2], "--no-stage2_denoises", "--init_from", RUNS / "untrained",
                 "--stage2_trains", "bart", "queries", "projection", "mlp", "llm"]  # fmt: skip
 
     def train_and_measure(self) -> None:
@@ -156,7 +158,7 @@ def prepare_runs(runs: list[Run]) -> None:
     if any(run.stage == 2 and not run.after for run in runs) and not (RUNS / "untrained").exists():
         settings = {name: value for name, value in read_json(HERE / "config.json").items() if name in VLVConfig.__dataclass_fields__}
         torch.manual_seed(0)
-        VLV(VLVConfig(**settings)).save_pretrained(RUNS / "untrained")
+        VLV(VLVConfig(**settings | {"num_queries": Run.queries})).save_pretrained(RUNS / "untrained")
     for llm in sorted({run.llm for run in runs} - {"medium"}):
         folder = RUNS / "models" / llm
         if not folder.exists():
