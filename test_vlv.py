@@ -467,6 +467,7 @@ def test_two_calls_at_a_time_do_not_take_each_others_results(tmp_path):
 
 
 def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
+    """Takes long: three processes load the toy, and caption 60 pictures."""
     (tmp_path / "in").mkdir()
     for i in range(60):
         picture("RGB").save(tmp_path / "in" / f"{i:02d}.png")
@@ -1293,6 +1294,7 @@ def test_every_image_of_a_data_set_has_one_line_and_what_is_unreadable_is_named_
 
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.skipif(not SLOW, reason="ten minutes: VLV_SLOW=1"))])
 def test_killed_at_random_with_any_number_of_processes_every_image_has_its_line(shards, tmp_path, kills):
+    """Takes long: five starts of torchrun, with up to three processes."""
     sample.main(caption_all(shards, tmp_path / "whole"))
     expected, arguments, out = files_of(tmp_path / "whole"), caption_all(shards, tmp_path / "killed"), tmp_path / "killed"
     count = lambda: sum(path.read_text(errors="replace").count("\n") for path in out.rglob("*.jsonl") if path.exists())
@@ -1767,6 +1769,7 @@ def test_fid_is_none_of_a_set_and_itself_grows_with_noise_and_equals_the_closed_
 
 
 def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, judges, tmp_path):
+    """Takes long: Inception and CLIP at full width in three processes, and Java."""
     pytest.importorskip("pycocoevalcap", reason="pip install pycocoevalcap")
     if not shutil.which("java"):
         pytest.skip("pycocoevalcap runs Java")
@@ -1811,6 +1814,7 @@ def test_answers_are_scored_as_vqa_does(answer, people, right):
 
 
 def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tmp_path):
+    """Takes long: torchrun and another process load a language model."""
     lines = [json.dumps({"image": f"COCO_val2014_{i:012d}", "caption": CAPTIONS[i % 4]}) + "\n" for i in range(4)]
     (tmp_path / "captions.jsonl").write_text("".join(lines))
     questions = [{"question_id": n, "image_id": n % 5, "question": "what is it"} for n in range(40)]
@@ -1929,6 +1933,7 @@ AUTHORS = "--stage 1 --micro_batch_size 32 --precision fp32 --no-channels_last -
     ]),
 ])  # fmt: skip
 def test_what_the_readme_advises_fits_the_gpu(gigabytes, processes, arguments):
+    """Takes long: two steps of a full-size model, operation by operation, though without data."""
     tflop, peak = count(arguments.split(), processes)
     print(f"{tflop:.2f} TFLOP an image, {peak:.1f} of {gigabytes} GB: {processes} x train.py {arguments}")
     assert peak < 0.9 * gigabytes
@@ -2342,6 +2347,7 @@ def newest(run: Path) -> int:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.skipif(not SLOW, reason="half an hour: VLV_SLOW=1"))])
 def test_a_real_run_killed_in_its_saves_ends_as_one_never_killed(tiny, tmp_path, stage, kills):
+    """Takes long: five starts of torchrun, each with two processes and their loaders."""
     settings, dice, how = dict(max_steps=18 * kills), random.Random(kills), []
     starts = itertools.cycle([("all",), ("SIGTERM",), ("worker", "torchrun")][stage - 1 :])  # torchrun restarts a worker once
     run = tmp_path / "killed" / f"stage{stage}"
@@ -2412,6 +2418,7 @@ def test_on_a_full_disk_a_real_run_goes_on_without_saves_log_and_pictures(tiny, 
 
 
 def test_an_end_that_a_restart_cannot_mend_is_not_restarted(tiny, tmp_path):
+    """Takes long: two starts of torchrun."""
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     for i in range(6):
         (data / f"{i:02d}.png").write_bytes(b"not an image")
@@ -2428,6 +2435,7 @@ def test_an_end_that_a_restart_cannot_mend_is_not_restarted(tiny, tmp_path):
 
 
 def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
+    """Takes long: two starts of torchrun."""
     flags = real_flags(tiny, tmp_path, 1, max_steps=1000)
     first = start(flags)
     wait_until(lambda: newest(tmp_path / "stage1") > 0)
@@ -2448,6 +2456,7 @@ def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
 
 
 def test_neither_accumulating_nor_resuming_holds_gradients_or_state_twice(tiny, tmp_path):
+    """Takes long: two starts of torchrun, and each step looks at every object in memory."""
     program = tmp_path / "watched.py"
     program.write_text("""
 import gc, os, torch, train
