@@ -2060,6 +2060,16 @@ def test_an_image_that_cannot_be_read_just_now_gets_no_latents_and_gets_them_lat
         torch.testing.assert_close(again, dataset[3]["moments"], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_are_counted_as_torch_counts_them(tiny, batch, stage):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, sample = tiny_model(tiny, stage=stage).eval(), ImageTextDataset(tiny / "data", 32, with_captions=True)[0]
+    with FlopCounterMode(display=False) as theirs:
+        train.loss_of(model, collate([sample]), torch.device("cpu")).backward()
+    assert train.count_flops(model, sample, torch.device("cpu")) == theirs.get_total_flops() > 1e7
+
+
 def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):
     for stage in (1, 2):
         train_tiny(tiny, tmp_path, benchmark=1, random_init=True, stage=stage, data="nowhere")

@@ -22,13 +22,12 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.quiet import quiet  # before what imports transformers
 from data.checkpoint import Journal, Saver, find_checkpoint, open_run
 from data.loader import ImageTextDataset, SyntheticDataset, WithNoise, collate, micro_batches, seeds_of
-from data.meter import Meter
+from data.meter import FlopCounter, Meter
 from data.plot import draw_curves
 from data.processes import Watch, join_processes, leave, listen_to_signals, one_first, over_processes, prepare_device
 from data.processes import rank_and_world_size, run, say, start_workers, to_device, together
@@ -158,10 +157,10 @@ def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
 def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     """FLOPs that one sample needs, forward and backward, without what checkpointing computes twice."""
     model.eval()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         loss_of(model, collate([sample]), device).backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return counter.flops
 
 
 @torch.no_grad()
