@@ -106,9 +106,10 @@ class Meter:
         rate = self.all.steps * self.batch_size / self.all.seconds
         each = rate / self.processes  # images a second
         hours = self.images / rate / 3600
+        takes = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
         dollars = hours * self.processes * self.usd_per_gpu_hour
         return (f"{rate:,.3g} images/s ({each:.3g} a process), {self.all.waited / self.all.seconds:.0%} of the time waiting for data |"
                 f" {self.flops / 1e12:.3g} TFLOP an image | {each * self.flops / 1e12:.3g} TFLOP/s a process,"
                 f" {each * self.flops / self.peak:.0%} of the {self.peak / 1e12:.3g} TFLOP/s of a large matrix product |"
-                f" {peak_memory(self.device):.1f} GB at the peak | the whole stage: {hours:,.1f} h,"
+                f" {peak_memory(self.device):.1f} GB at the peak | the whole stage: {takes},"
                 f" ${dollars:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour")  # fmt: skip
