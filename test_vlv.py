@@ -53,7 +53,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -842,6 +842,21 @@ def test_the_eye_that_judges_drawings_sees_the_original_scenes_rightly():
     assert score_captions(truths, [describe(t) for t in truths[1:] + truths[:1]])["exact"] < 0.1
     assert score_pictures(truths, [draw(t) for t in truths[1:] + truths[:1]])["perfect"] < 0.1
     assert parse("something else") == {"background": None, "objects": []}
+
+
+def test_the_eye_tells_near_objects_apart_where_blurred_edges_touch():
+    from evaluate import see
+    from prepare import draw, scenes
+
+    near = lambda a, b: max(abs(a["x"] - b["x"]), abs(a["y"] - b["y"])) - a["r"] - b["r"] < 2
+    found = 0
+    for truth in scenes("val", 300):
+        pairs = list(itertools.combinations(truth["objects"], 2))
+        if any(near(a, b) and a["color"] != b["color"] for a, b in pairs) and not any(near(a, b) and a["color"] == b["color"] for a, b in pairs):
+            seen = see(draw(truth).filter(ImageFilter.GaussianBlur(0.7)))["objects"]
+            assert sorted(o["color"] for o in seen) == sorted(o["color"] for o in truth["objects"])
+            found += 1
+    assert found > 10
 
 
 def test_every_image_of_a_batch_can_have_noise_of_its_own(toy, toy_images):

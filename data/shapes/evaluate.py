@@ -66,26 +66,43 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
     return regions
 
 
+def regions_of(pixels: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
+    """Where objects are, each as a boolean picture: what is at least half covered by one of the palette's colours, connected and
+    of one colour. Two objects may be so near each other that blurred edges touch."""
+    palette = np.array(list(COLORS.values()), float) - ground
+    difference = pixels - ground
+    # each pixel as a mixture of the background and that colour of the palette which leaves least unexplained
+    alpha = np.clip(difference @ palette.T / np.square(palette).sum(1), 0, 1)  # (32, 32, colours)
+    rest = np.square(difference[:, :, None] - alpha[..., None] * palette).sum(-1)
+    color = rest.argmin(-1)
+    covered = np.take_along_axis(alpha, color[..., None], -1)[..., 0] >= 0.5
+    regions = []
+    for region in components(covered):
+        parts = [part for k in range(len(palette)) for part in components(region & (color == k)) if part.sum() >= 8]
+        regions += parts if len(parts) > 1 else [region]  # slivers of other colours belong to what they cling to
+    return [region for region in regions if region.sum() >= 8]
+
+
 def see(image: Image.Image) -> dict:
     """Finds the shapes in a picture: a scene as prepare.sample_scene makes it, without knowing the true one.
 
-    Regions unlike the background, each of the palette's nearest colour; area and centroid then give position and
-    size for each kind of shape, and the kind whose drawing is nearest is taken.
+    Each region's nearest colour of the palette; area and centroid then give position and size for each kind of shape, and
+    the kind whose drawing is nearest is taken.
     """
     pixels = np.asarray(image, dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # shapes keep away from it
     ground = np.median(border, axis=0)
     nearest = lambda color, palette: min(palette, key=lambda name: np.abs(color - palette[name]).sum())
-    objects = []
     difference = np.linalg.norm(pixels - ground, axis=-1)
-    for region in components(difference > 45):
-        if region.sum() < 8:
-            continue
+    regions, objects = regions_of(pixels, ground), []
+    for region in regions:
         core = region & (difference >= np.quantile(difference[region], 0.5))
         color = np.median(pixels[core], axis=0)
-        around = region.copy()  # and the half covered pixels at its edge
+        around = region.copy()  # and the partly covered pixels at its edge, but for those of other regions
         for shift, axis in [(1, 0), (-1, 0), (1, 1), (-1, 1)]:
             around |= np.roll(region, shift, axis)
+        for other in regions:
+            around &= region | ~other
         direction = (color - ground) / max(1, np.square(color - ground).sum())
         alpha = np.clip((pixels - ground) @ direction, 0, 1) * around
         area = alpha.sum()
