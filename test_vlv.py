@@ -68,6 +68,8 @@ from data.checkpoint import Saver, checkpoints, find_checkpoint, open_tensors, o
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, crop_image, open_image, tar_files
 from vlv import VLV, VLVConfig
 
+# what nobody here can do anything about: a library's old call of NumPy, and Pillow's word on files that a test has broken
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning", "ignore::UserWarning:PIL")
 HERE = Path(__file__).parent
 SLOW = bool(os.environ.get("VLV_SLOW"))
 TOY = HERE / "data" / "shapes" / "vlv"
@@ -467,9 +469,9 @@ def test_two_calls_at_a_time_do_not_take_each_others_results(tmp_path):
 
 
 def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
-    """Takes long: three processes load the toy, and caption 60 pictures."""
+    """Takes long: three processes load the toy, and caption 30 pictures."""
     (tmp_path / "in").mkdir()
-    for i in range(60):
+    for i in range(30):
         picture("RGB").save(tmp_path / "in" / f"{i:02d}.png")
     command = [sys.executable, str(HERE / "sample.py"), *quick(tmp_path / "in", "--out", tmp_path / "out", "--batch_size", 2)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -478,16 +480,16 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
     said = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in said and "stopped; what was printed is kept" in said
     records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl")]
-    assert 1 <= len(records) < 60 and all((tmp_path / "out" / r["picture"]).exists() for r in records)
+    assert 1 <= len(records) < 30 and all((tmp_path / "out" / r["picture"]).exists() for r in records)
     before = (tmp_path / "out" / "captions.jsonl").read_text()
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 2000, -1))
     result = subprocess.run(command + ["--captions_only"], capture_output=True, text=True, preexec_fn=limited)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "error: cannot write into" in result.stderr
     assert (tmp_path / "out" / "captions.jsonl").read_text() == before
     again = subprocess.run(command + ["--captions_only"], capture_output=True, text=True)
-    assert again.returncode == 0 and len((tmp_path / "out" / "captions.jsonl").read_text().splitlines()) == 60
+    assert again.returncode == 0 and len((tmp_path / "out" / "captions.jsonl").read_text().splitlines()) == 30
     first, second = (set(said.stdout.splitlines()) for said in (result, again))
-    assert first and not first & second and len(first | second) >= 60 - 2  # it went on where it was, but for a batch
+    assert first and not first & second and len(first | second) >= 30 - 2  # it went on where it was, but for a batch
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -1307,9 +1309,9 @@ def test_every_image_of_a_data_set_has_one_line_and_what_is_unreadable_is_named_
     assert "was made with num_beams 6" in say_what_is_wrong(caption_all(shards, tmp_path / "out", num_beams=2), sample.main)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.skipif(not SLOW, reason="ten minutes: VLV_SLOW=1"))])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.skipif(not SLOW, reason="ten minutes: VLV_SLOW=1"))])
 def test_killed_at_random_with_any_number_of_processes_every_image_has_its_line(shards, tmp_path, kills):
-    """Takes long: five starts of torchrun, with up to three processes."""
+    """Takes long: four starts of torchrun, with up to three processes."""
     sample.main(caption_all(shards, tmp_path / "whole"))
     expected, arguments, out = files_of(tmp_path / "whole"), caption_all(shards, tmp_path / "killed"), tmp_path / "killed"
     count = lambda: sum(path.read_text(errors="replace").count("\n") for path in out.rglob("*.jsonl") if path.exists())
@@ -2373,7 +2375,7 @@ def newest(run: Path) -> int:
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.skipif(not SLOW, reason="half an hour: VLV_SLOW=1"))])
 def test_a_real_run_killed_in_its_saves_ends_as_one_never_killed(tiny, tmp_path, stage, kills):
     """Takes long: five starts of torchrun, each with two processes and their loaders."""
-    settings, dice, how = dict(max_steps=18 * kills), random.Random(kills), []
+    settings, dice, how = dict(max_steps=12 * kills), random.Random(kills), []
     starts = itertools.cycle([("all",), ("SIGTERM",), ("worker", "torchrun")][stage - 1 :])  # torchrun restarts a worker once
     run = tmp_path / "killed" / f"stage{stage}"
     while len(how) < kills:
