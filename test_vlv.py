@@ -1816,9 +1816,10 @@ def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, judges,
     end = run([sys.executable], "--out", tmp_path / "d", "--inception", pickled)
     assert end.returncode == 1 and "holds no weights" in end.stderr and "Traceback" not in end.stderr
     (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    main = load_script("data/coco/evaluate.py").main
     for more, sentence in [(["--out", tmp_path / "c"], "has no caption of"), (["--data", tmp_path], "holds no shards"),
                            (["--inception", "nowhere"], "are not in nowhere")]:  # fmt: skip
-        assert sentence in say_what_is_wrong([*arguments[1:], *more], load_script("data/coco/evaluate.py").main)
+        assert sentence in say_what_is_wrong([*arguments[1:], *more], main)
 
 
 @pytest.mark.parametrize("answer, people, right", [
@@ -1855,9 +1856,10 @@ def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tm
     same = [sorted(json.loads(line)["id"] for file in (tmp_path / name).glob("*.jsonl") for line in file.read_text().splitlines()
                    if line.endswith("}")) for name in "ab"]  # fmt: skip
     assert same[0] == same[1]
+    main = load_script("data/coco/questions.py").main
     for more, sentence in [(["--count", 31, "--out", tmp_path / "c"], "lower --count"), (["--shots", 0, "--out", tmp_path / "a"], "choose another"),
                            (["--out", tmp_path / "d", "--llm", "nowhere"], "language model (--llm) 'nowhere'")]:  # fmt: skip
-        assert sentence in say_what_is_wrong([*arguments[1:], *more], load_script("data/coco/questions.py").main)
+        assert sentence in say_what_is_wrong([*arguments[1:], *more], main)
 
 
 # --- the paper's run: sizes, memory, what is fast -----------------------------------------------------------------------

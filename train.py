@@ -85,7 +85,6 @@ class TrainConfig(VLVConfig):
         return self.latents and self.denoises
 
 
-
 RECIPE = {  # the paper's
     1: dict(batch_size=512, max_steps=200_000, learning_rate=5e-5, lr_schedule="cosine", data="data/laion"),
     2: dict(batch_size=64, max_steps=100_000, learning_rate=1e-5, lr_schedule="linear", data="data/captions6m"),

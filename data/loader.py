@@ -174,7 +174,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
 
 class WithNoise(torch.utils.data.Dataset):
-    """The items of a data set, with the noise that a seed gives them: index (i, seed). So noise is drawn where images are
+    """The items of a data set, with a seed and the noise that it gives them: index (i, seed). So noise is drawn where images are
     decoded, by the loader's workers. draw_noise: DiffusionDecoder's; None: no noise."""
 
     def __init__(self, dataset, draw_noise):
