@@ -192,10 +192,10 @@ def show(model: VLV, val_dataset, config: TrainConfig, device: torch.device):
     return panel(list(zip(images, redrawn)), captions), captions
 
 
-def describe_run(model: VLV, config: TrainConfig, source, dataset, start: int, bf16: bool, device: torch.device) -> str:
+def describe_run(model: VLV, config: TrainConfig, source, dataset, start: int, grad_accum_steps: int, bf16: bool,
+                 device: torch.device) -> str:  # fmt: skip
     """What the run is, on a few lines; one for each part of the model: trained or frozen, and how many parameters."""
     world_size = rank_and_world_size()[1]
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     beginning = source or ("random weights" if config.random_init else "the pretrained models")
     lines = [
         f"starting from {beginning}, with {dataset}",
@@ -292,7 +292,8 @@ def main(argv=None):
         start = together(lambda: saver.restore(source, config.accept_changes))
 
     # --- what the run says and writes, and the loader ------------------------------------------------------------------------
-    say(describe_run(model, config, source, dataset, start, bf16, device))
+    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    say(describe_run(model, config, source, dataset, start, grad_accum_steps, bf16, device))
     journal = Journal(run_dir, start, config.tensorboard)
     journal.write(Path.write_text, "settings.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if rank == 0:
@@ -304,7 +305,6 @@ def main(argv=None):
     loader = start_workers(torch.utils.data.DataLoader(
         WithNoise(dataset, model.decoder.draw_noise), batch_sampler=places, collate_fn=collate,
         num_workers=config.num_workers, pin_memory=device.type == "cuda"))  # fmt: skip
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     watch, logged = Watch(run_dir, config.max_steps, device), []
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)  # fmt: skip

@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,20 +35,23 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+import prepare
 import torch
 from evaluate import images_of, judge, parse, see, summarize
 from PIL import Image, ImageDraw, ImageFont
 from prepare import RESOLUTION, SPLITS, describe, scenes, validation_captions
 from tqdm import tqdm
 
+from data import latents
 from data.checkpoint import find_checkpoint, fingerprint, write_json, write_whole
 from data.plot import Plot, draw_plots
 from data.results import panel
 from data.settings import Processes, Settings, Text, parse_settings, read_json
 from vlv import VLV, VLVConfig
 
+CONFIG = HERE / "config.json"
 RUNS = REPOSITORY / "out" / "experiments"
-STEPS = {1: 600, 2: 500}  # of 32 images: about as long as it takes until a setting shows; the bundled toy has more
+STEPS = {1: 900, 2: 400}  # of 32 images: about as long as it takes until a setting shows; the bundled toy has more
 SEEDS = (0, 1, 2)
 QUERIES = (1, 2, 4, 8, 16, 40)  # the toy's CLIP has 40 positions
 AMOUNTS = (1_000, 3_000, 10_000, 30_000)
@@ -100,20 +104,25 @@ class Run:
         return [*flags, "--max_steps", STEPS[1] + STEPS[2], "--no-stage2_denoises", "--init_from", RUNS / "untrained",
                 "--stage2_trains", "bart", "queries", "projection", "mlp", "llm"]  # fmt: skip
 
+    def commands(self) -> list[list[str]]:
+        """What trains it, and what measures it then."""
+        train = [REPOSITORY / "train.py", "--stage", self.stage, "--config", CONFIG, "--data", RUNS / "data" / str(self.images) / "train",
+                 "--val_data", "", "--out_dir", self.folder, "--seed", self.seed, "--latents", "--resume", "--device", "cpu",
+                 *self.flags()]  # fmt: skip
+        measure = [HERE / "evaluate.py", "--ckpt", self.folder / f"stage{self.stage}", "--images", SCENES, "--rows", "embedding",
+                   "--num_beams", 1, "--json", self.folder / "measured.json"]  # fmt: skip
+        return [[str(part) for part in command] for command in (train, measure)]
+
     def train_and_measure(self) -> None:
         """Does what is left of it, in processes of one thread. Raises RuntimeError with the log's name when that fails."""
         result = self.folder / "result.json"
         if result.exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        train = ["train.py", "--stage", self.stage, "--config", HERE / "config.json", "--data", RUNS / "data" / str(self.images) / "train",
-                 "--out_dir", self.folder, "--seed", self.seed, "--latents", "--resume", "--device", "cpu", *self.flags()]  # fmt: skip
-        measure = [HERE / "evaluate.py", "--ckpt", self.folder / f"stage{self.stage}", "--images", SCENES, "--rows", "embedding",
-                   "--num_beams", 1, "--json", self.folder / "measured.json"]  # fmt: skip
         with open(self.folder / "log.txt", "a") as log:
-            for command in (train, measure):
+            for command in self.commands():
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                end = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+                end = subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
                 if end.returncode:
                     raise RuntimeError(f"{command[0]} failed: see {self.folder / 'log.txt'}")
         os.replace(self.folder / "measured.json", result)
@@ -148,26 +157,28 @@ def runs_of(experiment: str) -> list[tuple[dict, list[Run]]]:
 
 def prepare_runs(runs: list[Run]) -> None:
     """What they start from: data with latents, an untrained checkpoint, language models of other sizes."""
+    settings = read_json(CONFIG)
     for images in sorted({run.images for run in runs}):
         folder = RUNS / "data" / str(images)
         if not (folder / "complete").exists():
-            subprocess.run([sys.executable, HERE / "prepare.py", "--out", folder, "--train", str(images)], check=True)
-            subprocess.run([sys.executable, "data/latents.py", folder / "train", "--image_size", str(RESOLUTION), "--num_workers", "0",
-                            "--diffusion_model", HERE / "models" / "sd"], cwd=REPOSITORY, check=True)  # fmt: skip
+            prepare.main(["--out", str(folder), "--train", str(images)])
+            latents.main([str(folder / "train"), "--image_size", str(RESOLUTION), "--diffusion_model", settings["diffusion_model"],
+                          "--num_workers", "0"])  # fmt: skip
             (folder / "complete").touch()
     if any(run.stage == 2 and not run.after for run in runs) and not (RUNS / "untrained").exists():
-        settings = {name: value for name, value in read_json(HERE / "config.json").items() if name in VLVConfig.__dataclass_fields__}
         torch.manual_seed(0)
-        VLV(VLVConfig(**settings | {"num_queries": Run.queries})).save_pretrained(RUNS / "untrained")
+        model = {name: value for name, value in settings.items() if name in VLVConfig.__dataclass_fields__}
+        VLV(VLVConfig(**model | {"num_queries": Run.queries})).save_pretrained(RUNS / "untrained")
     for llm in sorted({run.llm for run in runs} - {"medium"}):
         folder = RUNS / "models" / llm
         if not folder.exists():
             from pretrain import PretrainConfig, save, train_qwen
 
-            texts = [describe(s) for s in scenes("pretrain", 20_000, 1, exclude=validation_captions())]
-            torch.manual_seed(1)
+            how = PretrainConfig()  # the medium one's
+            texts = [describe(s) for s in scenes("pretrain", how.scenes, how.seed, exclude=validation_captions())]
+            torch.manual_seed(how.seed)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            save(folder, *train_qwen(texts, PretrainConfig().qwen_steps, *LLMS[llm]))
+            save(folder, *train_qwen(texts, how.qwen_steps, *LLMS[llm]))
 
 
 def all_runs(experiments: list[str]) -> list[Run]:
@@ -182,7 +193,8 @@ def train_all(experiments: list[str], processes: int) -> None:
     left = [run for run in runs if not (run.folder / "result.json").exists()]
     if not left:
         return
-    prepare_runs(left)
+    with chdir(REPOSITORY):  # where the models' names are relative to
+        prepare_runs(left)
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit=" runs", smoothing=0)
     for stage in (1, 2):  # one starts from the other
         with ThreadPoolExecutor(processes) as pool:
@@ -234,7 +246,8 @@ def bootstrap(items: list, summary, repeats: int = 200) -> dict[str, list[float]
     """{name: [value, standard error]} of summary(items), a dict, the error over resampled items."""
     rng = np.random.default_rng(0)
     again = [summary([items[i] for i in rng.integers(len(items), size=len(items))]) for _ in range(repeats)]
-    return {name: [float(value), float(np.std([a[name] for a in again], ddof=1))] for name, value in summary(items).items()}
+    return {name: [float(value), float(np.nanstd([a[name] for a in again], ddof=1))]
+            for name, value in summary(items).items() if np.isfinite(value)}  # nothing found has no offset  # fmt: skip
 
 
 class Subject:
@@ -481,7 +494,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-@torch.inference_mode()
 def main(argv=None) -> None:
     args = parse_settings(ExperimentsConfig, argv, __doc__)
     file = args.out / "experiments.json"
@@ -503,7 +515,8 @@ def main(argv=None) -> None:
             rows = over_seeds(name)
             pictures = {f"{name}.png": draw_plots(TRAINED[name](rows))} if TRAINED[name] else {}
         else:
-            rows, pictures = LOOKED_AT[name](subject)
+            with torch.inference_mode():
+                rows, pictures = LOOKED_AT[name](subject)
         for picture, image in pictures.items():
             write_whole(args.out / picture, lambda path: image.save(path, "png"))
         results[name] = {"made_with": made_with[name], "rows": rows}
