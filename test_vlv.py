@@ -1149,6 +1149,19 @@ def test_reconstruction_equals_the_pipelines_with_any_scheduler(tiny, batch, num
             assert np.abs(difference).max() <= 1
 
 
+def test_a_single_query_is_drawn_against_the_empty_prompts_first_vector(tiny, batch):
+    model = tiny_model(tiny, num_queries=1).eval()
+    pipeline, tokenizer = model.decoder.pipeline, model.decoder.pipeline.tokenizer
+    with torch.no_grad():
+        prompt_embeds = model.embed(batch["image"])
+        first = model.decoder.text_encoder(torch.tensor([[tokenizer.bos_token_id]])).last_hidden_state
+    ours = model.decoder.reconstruct(prompt_embeds, num_inference_steps=4, seed=7)
+    for i, image in enumerate(ours):
+        theirs = pipeline(prompt_embeds=prompt_embeds[i : i + 1], negative_prompt_embeds=first, height=32, width=32,
+                          num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(7)).images[0]  # fmt: skip
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+
+
 def test_preprocessing_equals_florences_own(tiny, batch):
     from transformers import AutoProcessor
 

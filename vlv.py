@@ -192,10 +192,8 @@ class DiffusionDecoder(nn.Module):
         freeze(self)
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
-        """CLIP's text transformer on vectors instead of token ids: ẑ (B, N, D) -> c (B, N, D).
-
-        CLIPTextModel takes only ids, so its parts are called here as its forward calls them.
-        """
+        """CLIP's text transformer on vectors instead of token ids: ẑ (B, N, D) -> c (B, N, D). CLIPTextModel takes only
+        ids, so its parts are called here as its forward calls them."""
         clip = self.text_encoder
         with own_precision(token_embeds):
             hidden = clip.embeddings(inputs_embeds=token_embeds.to(clip.dtype))  # + positions
@@ -215,13 +213,12 @@ class DiffusionDecoder(nn.Module):
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: self.draw_noise of B seeds; None: torch's generator's.
         moments: encode_image's, where they were computed ahead.
         """
-        vae, device = self.vae, images.device
         with torch.no_grad():
             moments = self.encode_image(images) if moments is None else moments
             posterior = DiagonalGaussianDistribution(moments.float())
-            draws, timesteps = (to_device(x, device) for x in noise or self.draw_noise([None] * len(images)))
+            draws, timesteps = (to_device(x, images.device) for x in noise or self.draw_noise([None] * len(images)))
             sample, noise = draws.unbind(1)
-            latents = (posterior.mean + posterior.std * sample) * vae.config.scaling_factor
+            latents = (posterior.mean + posterior.std * sample) * self.vae.config.scaling_factor
             noisy = self.scheduler.add_noise(latents, noise, timesteps)
             kind = self.scheduler.config.prediction_type
             if kind == "epsilon":
@@ -247,7 +244,10 @@ class DiffusionDecoder(nn.Module):
             device, dtype = self.text_encoder.device, self.text_encoder.dtype
             self.load(True, dtype)
             self.to(device)
-        kwargs = {"prompt": prompt} if isinstance(prompt[0], str) else {"prompt_embeds": prompt.to(self.unet.dtype)}
+        kwargs = {"prompt": prompt}
+        if not isinstance(prompt[0], str):  # guidance is against the empty prompt, cut to as many vectors: CLIP is causal
+            empty = self.pipeline.encode_prompt("", self.unet.device, len(prompt), False)[0][:, : prompt.shape[1]]
+            kwargs = {"prompt_embeds": prompt.to(self.unet.dtype), "negative_prompt_embeds": empty}
         return self.pipeline(
             **kwargs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -365,9 +365,9 @@ class VLV(nn.Module):
         save_model(Path(folder), self)
 
     def learned_state(self) -> dict[str, torch.Tensor]:
-        """Name -> weight of the learned parts. Tied weights (an LLM's embeddings and head) are stored once."""
-        prefixes = tuple(PREFIXES[part] for part in self.config.learned)
-        prefixes += ("encoder.prompt_embeds",)  # of Florence-2's token table, which so need not be read
+        """Name -> weight of the learned parts, and the prompt's embeddings, for which Florence-2's token table so need not be
+        read. Tied weights (an LLM's embeddings and head) are stored once."""
+        prefixes = (*(PREFIXES[part] for part in self.config.learned), "encoder.prompt_embeds")
         state, seen = {}, set()
         for name, weight in self.state_dict().items():
             if name.startswith(prefixes) and weight.data_ptr() not in seen:
