@@ -885,18 +885,18 @@ def experiments():
 
 
 def test_the_experiments_runs_are_what_train_takes_and_share_their_beginning(experiments):
-    runs = experiments.all_runs(list(experiments.TRAINED))
-    assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 6 + 3 + 3 + 4 + 2)
+    runs, steps = experiments.all_runs(list(experiments.TRAINED)), experiments.STEPS
+    assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 1 + 6 + 4 + 3 + 4 + 2)
     for number, run in enumerate(runs):
         flags = [str(flag) for flag in run.flags()]
         config = train.resolve(settings_of(["--stage", str(run.stage), "--config", str(TOY.parent / "config.json"), *flags]), 1)
-        assert config.stage == run.stage and config.max_steps in (*experiments.STEPS.values(), sum(experiments.STEPS.values()))
+        assert config.stage == run.stage and config.max_steps in (*steps.values(), steps["stage 1, long"] + steps["stage 2"])
         assert run.after is None or run.after in runs[:number] and run.after.seed == run.seed and run.after.queries == run.queries
 
 
 def test_an_experiments_runs_are_prepared_trained_and_measured(experiments, tmp_path, monkeypatch):
     """In one process and with two steps each, otherwise as the command does it."""
-    for name, value in dict(RUNS=tmp_path, STEPS={1: 2, 2: 2}, SCENES=4).items():
+    for name, value in dict(RUNS=tmp_path, STEPS=dict.fromkeys(experiments.STEPS, 2), SCENES=4).items():
         monkeypatch.setattr(experiments, name, value)
     pretrain = importlib.import_module("pretrain")
     monkeypatch.setattr(pretrain, "PretrainConfig", partial(pretrain.PretrainConfig, scenes=600, qwen_steps=2))

@@ -51,7 +51,9 @@ from vlv import VLV, VLVConfig
 
 CONFIG = HERE / "config.json"
 RUNS = REPOSITORY / "out" / "experiments"
-STEPS = {1: 900, 2: 400}  # of 32 images: about as long as it takes until a setting shows; the bundled toy has more
+# of 32 images. Short: as long as it takes until a setting of stage 1 shows. Long: as in the main README, so that there is something to
+# read aloud; what stage 2 is asked starts from there
+STEPS = {"stage 1, short": 900, "stage 1, long": 1800, "stage 2": 400}
 SEEDS = (0, 1, 2)
 QUERIES = (1, 2, 4, 8, 16, 40)  # the toy's CLIP has 40 positions
 AMOUNTS = (1_000, 3_000, 10_000, 30_000)
@@ -63,7 +65,7 @@ PARTS = {
     "MLP, LLM, BART, no denoising": ["--no-stage2_denoises"],
 }
 FULL = "MLP, LLM, BART"
-MINUTES = dict(queries=80, parts=22, data=95, llm=20, guidance=5, words=5, mixing=5, knowledge=8)  # on two cores
+MINUTES = dict(queries=80, parts=40, data=95, llm=12, guidance=2, words=3, mixing=2, knowledge=10)  # on two cores
 SCENES = 200  # of validation, that are drawn to measure something
 
 
@@ -76,8 +78,9 @@ class Run:
     pretrained models."""
 
     seed: int
-    queries: int = 16  # the bundled checkpoint has 40, and takes longer
+    queries: int = QUERIES[-1]
     images: int = 30_000
+    length: str = "short"  # of stage 1
     stage: int = 1
     after: "Run | None" = None
     parts: str = FULL
@@ -87,7 +90,7 @@ class Run:
     def folder(self) -> Path:
         """Its name says what it is."""
         if self.stage == 1:
-            return RUNS / f"{self.queries}-queries-{self.images}-images-seed-{self.seed}"
+            return RUNS / f"{self.length}-{self.queries}-queries-{self.images}-images-seed-{self.seed}"
         words = [f"{self.images}-captions", self.parts.replace(", ", "-"), f"{self.llm}-llm"]
         base = self.after.folder if self.after else RUNS / f"no-stage-1-seed-{self.seed}"
         return base / "-".join(words).replace(" ", "-")
@@ -97,12 +100,12 @@ class Run:
         if self.llm != "medium":
             flags += ["--llm", RUNS / "models" / self.llm]
         if self.stage == 1:
-            return [*flags, "--max_steps", STEPS[1]]
+            return [*flags, "--max_steps", STEPS[f"stage 1, {self.length}"]]
         if self.after:
-            return [*flags, *PARTS[self.parts], "--max_steps", STEPS[2], "--init_from", self.after.folder / "stage1"]
+            return [*flags, *PARTS[self.parts], "--max_steps", STEPS["stage 2"], "--init_from", self.after.folder / "stage1"]
         # as many steps as both stages have, on captions alone, and everything of it learns
-        return [*flags, "--max_steps", STEPS[1] + STEPS[2], "--no-stage2_denoises", "--init_from", RUNS / "untrained",
-                "--stage2_trains", "bart", "queries", "projection", "mlp", "llm"]  # fmt: skip
+        return [*flags, "--max_steps", STEPS["stage 1, long"] + STEPS["stage 2"], "--init_from", RUNS / "untrained",
+                "--no-stage2_denoises", "--stage2_trains", "bart", "queries", "projection", "mlp", "llm"]  # fmt: skip
 
     def commands(self) -> list[list[str]]:
         """What trains it, and what measures it then."""
@@ -141,17 +144,18 @@ def captioner(stage1: Run, **kwargs) -> Run:
 
 def runs_of(experiment: str) -> list[tuple[dict, list[Run]]]:
     """The lines of an experiment: what is varied, and its runs, one a seed."""
+    long = [Run(s, length="long") for s in SEEDS]
     if experiment == "queries":
         lines = [({"queries": n}, [captioner(Run(s, queries=n)) for s in SEEDS]) for n in QUERIES]
     elif experiment == "parts":
-        lines = [({"trained": parts}, [captioner(Run(s), parts=parts) for s in SEEDS]) for parts in PARTS]
-        lines = [({"trained": "after stage 1"}, [Run(s) for s in SEEDS]), *lines]
+        lines = [({"trained": parts}, [captioner(run, parts=parts) for run in long]) for parts in PARTS]
+        lines = [({"trained": "after stage 1"}, long), *lines]
     elif experiment == "data":
         lines = [({"images in stage 1": n}, [Run(s, images=n) for s in SEEDS]) for n in AMOUNTS]
-        lines += [({"captions after stage 1": n}, [captioner(Run(s), images=n) for s in SEEDS]) for n in AMOUNTS]
+        lines += [({"captions after stage 1": n}, [captioner(run, images=n) for run in long]) for n in AMOUNTS]
         lines += [({"captions without stage 1": n}, [Run(s, stage=2, images=n) for s in SEEDS]) for n in AMOUNTS]
     else:
-        lines = [({"llm": llm}, [captioner(Run(s), llm=llm) for s in SEEDS]) for llm in LLMS]
+        lines = [({"llm": llm}, [captioner(run, llm=llm) for run in long]) for llm in LLMS]
     return lines
 
 
@@ -168,7 +172,7 @@ def prepare_runs(runs: list[Run]) -> None:
     if any(run.stage == 2 and not run.after for run in runs) and not (RUNS / "untrained").exists():
         torch.manual_seed(0)
         model = {name: value for name, value in settings.items() if name in VLVConfig.__dataclass_fields__}
-        VLV(VLVConfig(**model | {"num_queries": Run.queries})).save_pretrained(RUNS / "untrained")
+        VLV(VLVConfig(**model)).save_pretrained(RUNS / "untrained")
     for llm in sorted({run.llm for run in runs} - {"medium"}):
         folder = RUNS / "models" / llm
         if not folder.exists():
