@@ -886,7 +886,7 @@ def experiments():
 
 def test_the_experiments_runs_are_what_train_takes_and_share_their_beginning(experiments):
     runs, steps = experiments.all_runs(list(experiments.TRAINED)), experiments.STEPS
-    assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 1 + 6 + 4 + 3 + 4 + 2)
+    assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 1 + 6 + 4 + 3 + 2 + 2)
     for number, run in enumerate(runs):
         flags = [str(flag) for flag in run.flags()]
         config = train.resolve(settings_of(["--stage", str(run.stage), "--config", str(TOY.parent / "config.json"), *flags]), 1)
