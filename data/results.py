@@ -1,29 +1,30 @@
 """
-What sample.py writes: pictures, captions.jsonl, and index.html to look at them.
+What sample.py writes into --out: pictures, captions.jsonl, and index.html to look at them.
 """
 
 import html
 import json
 import os
+import sys
 import textwrap
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from data.checkpoint import lock, write_whole
-from data.loader import IMAGE_ENDINGS
+from data.run import lock
+from data.settings import printable, write_whole
 
 # "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
 TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def panel(rows: list[list], captions: list[str]) -> Image.Image:
-    """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its caption.
-    Small images are enlarged pixel by pixel."""
-    rows = [[i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i.permute(1, 2, 0))) for i in r] for r in rows]
+    """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its
+    caption. Small images are enlarged pixel by pixel."""
+    as_image = lambda i: i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i.permute(1, 2, 0)))
+    rows = [[as_image(image) for image in row] for row in rows]
     side = max(1, 192 // rows[0][0].width) * rows[0][0].width
     width, font, line = len(rows[0]) * (side + 4) - 4, ImageFont.load_default(14), 18
     texts = [textwrap.wrap(caption, max(10, width // 8)) for caption in captions]
@@ -39,129 +40,95 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
     return sheet
 
 
-def write_lines(path: Path, lines) -> None:
-    """The file, whole, with these lines, each of which has its end."""
-    write_whole(path, lambda unfinished: unfinished.write_text("".join(lines), **TEXT))
+def write_lines(path: Path, lines: list[str]) -> None:
+    """The file, whole, with these lines."""
+    write_whole(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """{key: caption} of JSON lines; an image's key is the last part of its name, without an image's ending."""
-    captions = {}
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        for number, line in enumerate(open(file, **TEXT), 1):
-            try:
-                record = json.loads(line)
-                name = str(record["image"]).rsplit("/", 1)[-1]
-                caption = record["caption"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}: must be {{\"image\": NAME, \"caption\": TEXT}}") from None
-            stem, ending = os.path.splitext(name)
-            captions[stem if ending.lower() in IMAGE_ENDINGS else name] = " ".join((caption or "").split())
-    return captions
+def read_records(path: Path) -> list[dict]:
+    """The records of captions.jsonl, without a last half line of a call that was killed. Raises ValueError if
+    another program has written the file."""
+    records, lines = [], open(path, **TEXT).readlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            records.append({key: record[key] for key in ("image", "caption", "picture")})
+        except (ValueError, KeyError, TypeError):
+            if line.endswith("\n"):
+                raise ValueError(f"{path} was not written by this program: choose another --out") from None
+    return records
 
 
-def is_drawn(path: Path) -> bool:
-    """Whether a file is a picture that Results drew, and not another one of its name."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == "vlv"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+def report(problems: list[str]) -> int:
+    """Says what could not be done, at most a hundred of it. Returns the program's exit code."""
+    for problem in problems[:100]:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    if len(problems) > 100:
+        print(f"error: and {len(problems) - 100:,} more", file=sys.stderr)
+    return 1 if problems else 0
 
 
 class Results:
-    """What is in the folder --out: captions.jsonl, a line {"image", "caption", "picture"} for each image, the pictures that it
-    names, and index.html, which shows them. Nothing else there is touched. Raises ValueError for a captions.jsonl of another
-    program, OSError when something cannot be written."""
+    """captions.jsonl, a line {"image", "caption", "picture"} for each image; the pictures that it names; and
+    index.html, which shows them. Other files in the folder stay. Raises ValueError for another program's
+    captions.jsonl, OSError if something cannot be written."""
 
     def __init__(self, folder: Path):
-        self.lock, _ = lock(folder)  # two calls at a time would each take the other's lines away
-        self.folder, self.path, self.records = folder, folder / "captions.jsonl", {}
-        for line in open(self.path, **TEXT) if self.path.exists() else []:
-            try:
-                record = json.loads(line)
-                if not isinstance(record.get("picture"), str | None):
-                    raise TypeError
-                self.records[str(record["image"])] = {key: record.get(key) for key in ("image", "caption", "picture")}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                if line.endswith("\n"):  # else a call was killed while it wrote
-                    raise ValueError(f"{self.path} was not written by this program: choose another --out") from None
+        self.lock = lock(folder)  # two calls at a time would each take the other's lines away
+        self.folder, self.path = folder, folder / "captions.jsonl"
+        self.records = {record["image"]: record for record in read_records(self.path)}
         self.pictures = {record["picture"] for record in self.records.values() if record["picture"]}
-        self.write_all()
+        self.finish()
 
-    def add(self, image: str, caption: str | None, picture: Image.Image | None = None, stem: str = "") -> None:
-        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where that is another's."""
-        before = self.records.pop(image, {"picture": None})["picture"]
-        self.pictures.discard(before)
-        replaces = before is not None and is_drawn(self.folder / before)
-        name = None
+    def add(self, image: str, caption: str | None, picture: Image.Image | None = None, stem="") -> None:
+        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
+        that is another's."""
+        name = self.records.pop(image, {"picture": None})["picture"]
+        if picture is None and name:  # it shows another caption
+            self.pictures.discard(name)
+            (self.folder / name).unlink(missing_ok=True)
+            name = None
         if picture is not None:
-            name = before if replaces else self.free_name(stem)
-            mark = PngInfo()
-            mark.add_text("Software", "vlv")
-            write_whole(self.folder / name, lambda path: picture.save(path, "png", pnginfo=mark))
+            name = name or self.free_name(stem)
+            write_whole(self.folder / name, lambda file: picture.save(file, "png"))
             self.pictures.add(name)
-        elif replaces:
-            (self.folder / before).unlink()  # it shows another caption
         self.records[image] = {"image": image, "caption": caption, "picture": name}
         with open(self.path, "a", **TEXT) as file:
             file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
 
     def free_name(self, stem: str) -> str:
         name, number = f"{stem}.png", 1
-        while name in self.pictures or os.path.lexists(self.folder / name) and not is_drawn(self.folder / name):
+        while os.path.lexists(self.folder / name):
             number += 1
             name = f"{stem}-{number}.png"
         return name
 
-    def write_all(self) -> None:
-        """One line an image, as what add() has replaced goes; and the page."""
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values()]
-        if lines:
-            write_lines(self.path, lines)
+    def finish(self) -> None:
+        """Leaves one line an image, and writes the page, unless index.html is a file of the user's."""
+        if self.records:
+            write_lines(self.path, [json.dumps(r, ensure_ascii=False) for r in self.records.values()])
         page = self.folder / "index.html"
-        if self.pictures and (not page.exists() or open(page, **TEXT).readline() == PAGE.split("\n")[0] + "\n"):
-            write_lines(page, [self.page()])
-
-    def page(self) -> str:
-        """The pictures beside their captions. Those that are not on the screen are neither loaded nor laid out, so that a
-        browser takes thousands."""
-        figures = []
-        for record in self.records.values():
-            if record["picture"]:
-                width, height = panel_size(self.folder / record["picture"])
-                figures.append(
-                    f'<figure><img src="{quote(os.fsencode(record["picture"]))}" width="{width}" height="{height}" alt=""'
-                    f' loading="lazy" decoding="async"><figcaption><p dir="auto">{html.escape(record["caption"] or "")}</p>'
-                    f"<code>{html.escape(record['image'])}</code></figcaption></figure>\n"
-                )
-        return PAGE + "".join(figures)
-
-    def close(self) -> None:
-        (self.folder / ".lock").unlink(missing_ok=True)
-        self.lock.close()
+        if self.pictures and (not page.exists() or page.read_text(errors="replace").startswith(PAGE[:39])):
+            write_lines(page, [PAGE, *(figure(r) for r in self.records.values() if r["picture"])])
 
 
-def panel_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError):  # the user has removed it
-        return 0, 0
+def figure(record: dict) -> str:
+    """A row of the page. Pictures off the screen are not loaded, so that a browser takes thousands."""
+    source, caption = quote(os.fsencode(record["picture"])), html.escape(record["caption"] or "")
+    return (f'<figure><img src="{source}" alt="" loading="lazy" decoding="async"><figcaption>'
+            f'<p dir="auto">{caption}</p><code>{html.escape(record["image"])}</code></figcaption></figure>')
 
 
 PAGE = """<!doctype html><!-- made by vlv -->
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Captions</title>
 <style>
-  body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem; color: #222; background: #fff }
-  figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin: 0; padding: 1rem 0; border-top: 1px solid #ccc;
-           content-visibility: auto; contain-intrinsic-size: auto 17rem }
-  img { max-width: min(100%, 48rem); height: auto; flex: none; align-self: flex-start }
+  body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem }
+  figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin: 0; padding: 1rem 0;
+           border-top: 1px solid #ccc; content-visibility: auto; contain-intrinsic-size: auto 17rem }
+  img { max-width: min(100%, 48rem); flex: none; align-self: flex-start }
   figcaption { flex: 1 1 18rem; overflow-wrap: anywhere }
-  p { margin: 0 0 .5rem }
   code { color: #777; font-size: .8rem }
 </style>
 <h1>Captions</h1>
-<p>Each row: the image, redrawn from its embedding, redrawn from its caption; and the caption.</p>
-"""
+<p>Each row: the image, redrawn from its embedding, redrawn from its caption; and the caption.</p>"""

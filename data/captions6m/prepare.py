@@ -1,6 +1,6 @@
 """
-Stage 2's images with captions: turns the authors' published set (parquet files with the columns image and caption)
-into tar shards of 384-pixel JPEGs and their captions. See readme.md for sizes.
+Stage 2's images with captions: turns the authors' published set (parquet files with the columns image and
+caption) into tar shards of 384-pixel JPEGs and their captions. See readme.md for sizes.
 
     pip install pyarrow
     hf download --repo-type dataset ccvl/LAION-High-Qualtiy-Pro-6M-VLV --local-dir captions6m-parquet
@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.loader import open_image
-from data.settings import Pixels, Processes, Settings, parse_settings, same_as_before
+from data.settings import Pixels, read_settings, same_as_before
 
 
 def shrink(data: bytes, size: int) -> bytes:
@@ -35,14 +36,14 @@ def shrink(data: bytes, size: int) -> bytes:
     image = open_image(io.BytesIO(data), size)
     if min(image.size) > size:
         scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([max(size, round(n * scale)) for n in image.size], Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
 def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[str]]:
-    """Writes the shard of one parquet file; returns how many samples it has, and a sentence for each that was left out."""
+    """Writes the shard of one parquet file. Returns (number of samples, a sentence for each left out)."""
     import pyarrow.parquet as pq
 
     target = out / f"{'-'.join(path.relative_to(source).with_suffix('').parts)}.tar"
@@ -50,47 +51,46 @@ def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[s
         return 0, []
     count, problems, temporary = 0, [], target.with_suffix(".tmp")
     with pq.ParquetFile(path) as parquet, tarfile.open(temporary, "w") as tar:
-        missing = {"image", "caption"} - set(parquet.schema_arrow.names)
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}, only {', '.join(parquet.schema_arrow.names)}")
-        row = 0
-        for batch in parquet.iter_batches(batch_size=64, columns=["image", "caption"]):
-            for image, caption in zip(batch["image"].to_pylist(), batch["caption"].to_pylist()):
-                image = image.get("bytes") if isinstance(image, dict) else image  # datasets' Image feature, or plain bytes
-                key, row = f"{target.stem}-{row:08d}", row + 1
-                try:
-                    if not isinstance(image, bytes) or not (caption and caption.strip()):
-                        raise ValueError("no image bytes" if not isinstance(image, bytes) else "no caption")
-                    members = [(".jpg", shrink(image, size)), (".txt", caption.strip().encode())]
-                except Exception as error:  # whatever Pillow's plugins stumble over
-                    problems.append(f"{path}, row {row - 1}: {' '.join(str(error).split())}")
-                    continue
-                for ending, data in members:
-                    info = tarfile.TarInfo(key + ending)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-                count += 1
+        columns = parquet.schema_arrow.names
+        if not {"image", "caption"} <= set(columns):
+            raise ValueError(f"{path} has no columns image and caption, only {', '.join(columns)}")
+        batches = parquet.iter_batches(batch_size=64, columns=["image", "caption"])
+        for row, sample in enumerate(sample for batch in batches for sample in batch.to_pylist()):
+            image, caption = sample["image"], sample["caption"]
+            image = image.get("bytes") if isinstance(image, dict) else image  # datasets' Image feature
+            try:
+                if not isinstance(image, bytes) or not (caption and caption.strip()):
+                    raise ValueError("no image bytes" if not isinstance(image, bytes) else "no caption")
+                members = [(".jpg", shrink(image, size)), (".txt", caption.strip().encode())]
+            except Exception as error:  # whatever Pillow's plugins stumble over
+                problems.append(f"{path}, row {row}: {' '.join(str(error).split())}")
+                continue
+            for ending, data in members:
+                info = tarfile.TarInfo(f"{target.stem}-{row:08d}{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            count += 1
     os.replace(temporary, target)
     return count, problems
 
 
 @dataclass
-class PrepareConfig(Settings):
+class PrepareConfig:
     parquet: Path  # folder of parquet files
     out: Path = HERE / "shards"
     image_size: Pixels = 384
-    processes: Processes = os.cpu_count()
+    processes: Annotated[int, 1, 1024] = os.cpu_count()
 
 
 def main(argv=None):
-    args = parse_settings(PrepareConfig, argv, __doc__)
+    args = read_settings(PrepareConfig, argv, __doc__)
     try:
         import pyarrow  # noqa: F401
     except ImportError:
         sys.exit("error: pyarrow is missing, install it with: pip install pyarrow")
     files = sorted(args.parquet.rglob("*.parquet"))
     if not files:
-        sys.exit(f"error: there are no parquet files in {args.parquet}; the top of {__file__} tells how to get them")
+        sys.exit(f"error: there are no parquet files in {args.parquet}; download them as {__file__} says")
     total = left_out = 0
     try:
         same_as_before(args.out / "settings.json", {"image_size": args.image_size}, "choose another --out")
@@ -101,7 +101,7 @@ def main(argv=None):
                 file.writelines(problem + "\n" for problem in problems)
     except Exception as error:  # of a parquet file, or of the disk
         sys.exit(f"error: {' '.join(str(error).split())}")
-    print(f"done: {total:,} new samples in {args.out}" + (f"; {left_out} left out, see left_out.txt" if left_out else ""))
+    print(f"done: {total:,} new samples in {args.out}; {left_out} left out, which left_out.txt names")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
-COCO's published zip files to tar shards of images with their human captions; the paper's 30,000 images, by a fixed seed.
+COCO's published zip files to tar shards of images with their human captions; the paper's 30,000 images.
 
     python data/coco/prepare.py val2014.zip annotations_trainval2014.zip
 
-writes shards/00000.tar, ... with KEY.jpg as it is in the zip file, KEY.txt (the first caption) and KEY.json (all of them).
-A killed run goes on where it was, by the same command. readme.md says where the files are.
+writes shards/00000.tar, ... with KEY.jpg as it is in the zip file, KEY.txt (the first caption) and KEY.json
+(all of them). A killed run goes on where it was, by the same command. readme.md says where the files are.
 """
 
 import hashlib
@@ -23,34 +23,54 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.settings import Count, Seed, Settings, parse_settings, same_as_before
+from data.settings import Count, Whole, read_settings, same_as_before
 
 
 @dataclass
-class PrepareConfig(Settings):
+class PrepareConfig:
     images: Path  # zip file with the images
     annotations: Path  # zip file with captions_val2014.json
     out: Path = HERE / "shards"
     count: Count = 30_000  # images
-    seed: Seed = 0
+    seed: Whole = 0  # chooses them
     shard_size: Count = 250  # images: the piece of work that evaluate.py gives to a process
 
 
 def read_captions(path: Path) -> dict[str, dict]:
-    """{file name: {"image_id", "captions"}} of the images that have captions. Raises ValueError when the zip file has no
-    captions_val2014.json, or another one."""
+    """{file name: {"image_id", "captions"}} of the images with captions. Raises ValueError if the zip file is
+    another one."""
     with zipfile.ZipFile(path) as archive:
         name = next((n for n in archive.namelist() if Path(n).name == "captions_val2014.json"), None)
         if name is None:
-            raise ValueError(f"{path} holds no captions_val2014.json: give COCO's annotations_trainval2014.zip")
+            raise ValueError(f"{path} holds no captions_val2014.json, as annotations_trainval2014.zip does")
         data = json.loads(archive.read(name))
     try:
         captions = defaultdict(list)
         for note in sorted(data["annotations"], key=lambda note: note["id"]):
             captions[note["image_id"]].append(" ".join(note["caption"].split()))
-        return {i["file_name"]: {"image_id": i["id"], "captions": captions[i["id"]]} for i in data["images"] if captions[i["id"]]}
+        images = {image["file_name"]: image["id"] for image in data["images"] if captions[image["id"]]}
+        return {name: {"image_id": i, "captions": captions[i]} for name, i in images.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: captions_val2014.json is not as COCO's is: {error!r}") from error
+
+
+def read_caption_lines(path: Path) -> dict[str, str]:
+    """{key: caption} of JSON lines by any program, in a file or a folder of them. The key is an image's name
+    without folder and ending. Raises ValueError, with the line, for anything else."""
+    from data.loader import IMAGE_ENDINGS  # here, as it imports torch
+
+    captions = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(open(file, encoding="utf-8", errors="backslashreplace"), 1):
+            try:
+                record = json.loads(line)
+                name = Path(str(record["image"])).name
+                caption = " ".join((record["caption"] or "").split())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{file}, line {number} is not {{"image": NAME, "caption": TEXT}}') from None
+            stem, ending = os.path.splitext(name)
+            captions[stem if ending.lower() in IMAGE_ENDINGS else name] = caption
+    return captions
 
 
 def choose(names, count: int, seed: int) -> list[str]:
@@ -58,33 +78,37 @@ def choose(names, count: int, seed: int) -> list[str]:
     return sorted(sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
 
 
+def write_shard(shard: Path, archive: zipfile.ZipFile, samples: list[tuple]) -> None:
+    """samples: [(the image's name in the archive, its record in read_captions), ...]"""
+    with tarfile.open(shard.with_suffix(".tmp"), "w") as tar:
+        for name, record in samples:
+            stem, ending = os.path.splitext(Path(name).name)
+            members = {ending: archive.read(name), ".txt": record["captions"][0].encode(),
+                       ".json": json.dumps(record).encode()}
+            for end, data in members.items():
+                info = tarfile.TarInfo(stem + end)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    shard.with_suffix(".tmp").rename(shard)
+
+
 def main(argv=None):
-    args = parse_settings(PrepareConfig, argv, __doc__)
+    args = read_settings(PrepareConfig, argv, __doc__)
+    settings = dict(count=args.count, seed=args.seed, shard_size=args.shard_size)
     try:
         captions = read_captions(args.annotations)
         with zipfile.ZipFile(args.images) as archive:
             members = {Path(name).name: name for name in archive.namelist()}
             known = sorted(captions.keys() & members.keys())
             if len(known) < args.count:
-                raise ValueError(f"{args.images} holds {len(known):,} images that have captions in {args.annotations}, and not"
-                                 f" {args.count:,}: give COCO's val2014.zip, or a lower --count")  # fmt: skip
-            same_as_before(args.out / "settings.json", dict(count=args.count, seed=args.seed, shard_size=args.shard_size),
-                           "choose another --out")  # fmt: skip
-            chosen = choose(known, args.count, args.seed)
-            for at in tqdm(range(0, len(chosen), args.shard_size), unit=" shards"):
+                raise ValueError(f"{args.images} holds {len(known):,} images that have captions, and not"
+                                 f" {args.count:,}: give COCO's val2014.zip, or lower --count")
+            same_as_before(args.out / "settings.json", settings, "choose another --out")
+            samples = [(members[name], captions[name]) for name in choose(known, args.count, args.seed)]
+            for at in tqdm(range(0, len(samples), args.shard_size), unit=" shards"):
                 shard = args.out / f"{at // args.shard_size:05d}.tar"
-                if shard.exists():
-                    continue
-                with tarfile.open(shard.with_suffix(".tmp"), "w") as tar:
-                    for name in chosen[at : at + args.shard_size]:
-                        first, everything = captions[name]["captions"][0], json.dumps(captions[name])
-                        stem, ending = os.path.splitext(name)
-                        for end, data in [(ending, archive.read(members[name])), (".txt", first.encode()),
-                                          (".json", everything.encode())]:  # fmt: skip
-                            info = tarfile.TarInfo(stem + end)
-                            info.size = len(data)
-                            tar.addfile(info, io.BytesIO(data))
-                shard.with_suffix(".tmp").rename(shard)
+                if not shard.exists():
+                    write_shard(shard, archive, samples[at : at + args.shard_size])
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         sys.exit(f"error: {error}")
     print(f"done: {args.count:,} images in {args.out}")

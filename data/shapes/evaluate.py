@@ -3,9 +3,10 @@ Measures a VLV on held-out scenes of the shapes world, where the truth is known.
 
     python data/shapes/evaluate.py --ckpt data/shapes/vlv        # 1,000 scenes, ten minutes on two cores
 
-Captions: how many are exactly right, order free, and how many of their attributes. Pictures: pixel error, and what is
-seen in them: an object counts as found where one is drawn, its colour, shape, size and place are each compared with
-the true scene's, and its position in pixels. The first row measures the eye itself, on the original pictures.
+Captions: how many are exactly right, order free, and how many of their attributes. Pictures: pixel error, and
+what is seen in them: an object counts as found where one is drawn, its colour, shape, size and place are each
+compared with the true scene's, and its position in pixels. The first row measures the eye itself, on the
+original pictures.
 """
 
 import json
@@ -17,20 +18,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))  # the repository, for vlv.py and sample.py
-
 import torch
 from PIL import Image
 from prepare import BACKGROUNDS, COLORS, PLACES, RESOLUTION, SHAPES, SIZES, SPLITS
 from prepare import coverage, describe, describe_precisely, draw, scenes
 from tqdm import tqdm
 
-from data.quiet import quiet  # before what imports transformers
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data.distributed import quiet
 from data.results import panel
-from data.settings import Beams, Count, Guidance, Seed, Settings, Steps, Text, parse_settings
-from vlv import VLV
+from data.settings import Count, Steps, Whole, read_settings
+from vlv import VLV, draw_noise
 
 ATTRIBUTES = ("size", "color", "shape", "place")
 BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # half width between small and large
@@ -38,11 +37,11 @@ BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # half width between small
 
 def parse(caption: str) -> dict:
     """What a caption says: {"background": name or None, "objects": [{size, color, shape, place}, ...]}."""
-    words = [f"(?P<{n}>{'|'.join(sorted(w, key=len, reverse=True))})"
-             for n, w in [("size", SIZES), ("color", COLORS), ("shape", SHAPES), ("place", PLACES)]]  # fmt: skip
-    things = re.finditer(r"\ba {} {} {} at the {}\b".format(*words), caption)
+    one_of = lambda words: f"({'|'.join(sorted(words, key=len, reverse=True))})"
+    size, color, shape, place = map(one_of, (SIZES, COLORS, SHAPES, PLACES))
+    things = re.findall(rf"\ba {size} {color} {shape} at the {place}\b", caption)
     background = re.search(rf"on a ({'|'.join(BACKGROUNDS)}) background$", caption)
-    return dict(background=background and background[1], objects=[m.groupdict() for m in things])
+    return dict(background=background and background[1], objects=[dict(zip(ATTRIBUTES, t)) for t in things])
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -67,8 +66,8 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def regions_of(pixels: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
-    """Where objects are, each as a boolean picture: what is at least half covered by one of the palette's colours, connected and
-    of one colour. Two objects may be so near each other that blurred edges touch."""
+    """Where objects are, each as a boolean picture: what is at least half covered by one of the palette's
+    colours, connected and of one colour. Two objects may be so near that their blurred edges touch."""
     palette = np.array(list(COLORS.values()), float) - ground
     difference = pixels - ground
     # each pixel as a mixture of the background and that colour of the palette which leaves least unexplained
@@ -78,16 +77,17 @@ def regions_of(pixels: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
     covered = np.take_along_axis(alpha, color[..., None], -1)[..., 0] >= 0.5
     regions = []
     for region in components(covered):
-        parts = [part for k in range(len(palette)) for part in components(region & (color == k)) if part.sum() >= 8]
-        regions += parts if len(parts) > 1 else [region]  # slivers of other colours belong to what they cling to
+        parts = [part for k in range(len(palette)) for part in components(region & (color == k))]
+        parts = [part for part in parts if part.sum() >= 8]  # slivers belong to what they cling to
+        regions += parts if len(parts) > 1 else [region]
     return [region for region in regions if region.sum() >= 8]
 
 
 def see(image: Image.Image) -> dict:
     """Finds the shapes in a picture: a scene as prepare.sample_scene makes it, without knowing the true one.
 
-    Each region's nearest colour of the palette; area and centroid then give position and size for each kind of shape, and
-    the kind whose drawing is nearest is taken.
+    Each region gets the nearest colour of the palette. Area and centroid give position and size for each kind
+    of shape, and the kind whose drawing is nearest is taken.
     """
     pixels = np.asarray(image, dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # shapes keep away from it
@@ -108,20 +108,19 @@ def see(image: Image.Image) -> dict:
         area = alpha.sum()
         v, u = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
         x, y = (alpha * u).sum() / area, (alpha * v).sum() / area
-        fits = []
-        for shape, r, dy in [("circle", (area / np.pi) ** 0.5, 0), ("square", area**0.5 / 1.8, 0),
-                             ("triangle", (area / 2) ** 0.5, (area / 2) ** 0.5 / 3)]:  # fmt: skip
-            error = np.square(coverage(shape, x, y - dy, r) - alpha).sum()
-            fits.append((error, dict(shape=shape, x=x, y=y - dy, r=r)))
-        found = min(fits, key=lambda fit: fit[0])[1]
-        column, row = (min(2, int(3 * found[axis] / RESOLUTION)) for axis in "xy")
-        objects.append(found | dict(color=nearest(color, COLORS), size="small" if found["r"] < BORDER else "large",
-                                    place=PLACES[max(0, row) * 3 + max(0, column)]))  # fmt: skip
+        fits = [dict(shape="circle", x=x, y=y, r=(area / np.pi) ** 0.5),
+                dict(shape="square", x=x, y=y, r=area**0.5 / 1.8),
+                dict(shape="triangle", x=x, y=y - (area / 2) ** 0.5 / 3, r=(area / 2) ** 0.5)]
+        found = min(fits, key=lambda fit: np.square(coverage(**fit) - alpha).sum())
+        column, row = (max(0, min(2, int(3 * found[axis] / RESOLUTION))) for axis in "xy")
+        size = "small" if found["r"] < BORDER else "large"
+        objects.append(found | dict(color=nearest(color, COLORS), size=size, place=PLACES[row * 3 + column]))
     return dict(background=nearest(ground, BACKGROUNDS), objects=objects)
 
 
 def pair(truth: list[dict], found: list[dict], cost) -> list[tuple]:
-    """Pairs each true object with at most one found, at the least total cost: [(true, found or None), ...]."""
+    """Pairs each true object with at most one found, at the least total cost: [(true, found or None),
+    ...]."""
     candidates = sorted(found, key=lambda f: min(cost(t, f) for t in truth))[:4]
     candidates += [None] * len(truth)
     total = lambda order: sum(1e3 if f is None else cost(t, f) for t, f in zip(truth, order))
@@ -143,16 +142,18 @@ def score_captions(truths: list[dict], captions: list[str]) -> dict:
 
 
 def judge(truth: dict, picture: Image.Image) -> dict:
-    """What is right in one picture: its PSNR in dB; for each true object whether it was found and its attributes are right;
-    of the found ones the distance and the difference of the half widths, in pixels; and whether nothing is wrong."""
+    """What is right in one picture: its PSNR in dB; for each true object whether it was found and its
+    attributes are right; of the found ones the errors of position and half width, in pixels; whether nothing
+    is wrong."""
     error = np.square(np.asarray(draw(truth), float) - np.asarray(picture, float)).mean()
     seen = see(picture)
     pairs = pair(truth["objects"], seen["objects"], distance)
+    found = [both for both in pairs if both[1] is not None]
     right = [[f is not None] + [f is not None and t[a] == f[a] for a in ATTRIBUTES] for t, f in pairs]
-    perfect = np.all(right) and len(seen["objects"]) == len(pairs) and seen["background"] == truth["background"]
-    return dict(psnr=10 * np.log10(255**2 / max(error, 1e-2)), right=right, perfect=bool(perfect),
-                offsets=[distance(t, f) for t, f in pairs if f is not None],
-                size_errors=[abs(t["r"] - f["r"]) for t, f in pairs if f is not None])  # fmt: skip
+    same_background = seen["background"] == truth["background"]
+    perfect = bool(np.all(right) and len(seen["objects"]) == len(pairs) and same_background)
+    return dict(psnr=10 * np.log10(255**2 / max(error, 1e-2)), right=right, perfect=perfect,
+                offsets=[distance(*p) for p in found], size_errors=[abs(t["r"] - f["r"]) for t, f in found])
 
 
 def distance(t: dict, f: dict) -> float:
@@ -160,13 +161,14 @@ def distance(t: dict, f: dict) -> float:
 
 
 def summarize(judged: list[dict]) -> dict:
-    """Of judged pictures: the mean PSNR, the shares of true objects that were found and rightly drawn, the mean offset and
-    error of the half width of the found ones, and the share of pictures with nothing wrong."""
+    """Of judged pictures: the mean PSNR, the shares of true objects that were found and rightly drawn, the
+    mean errors of position and half width of the found ones, and the share of pictures with nothing wrong."""
     shares = np.mean([row for j in judged for row in j["right"]], axis=0).tolist()
-    mean = lambda name: float(np.mean([v for j in judged for v in j[name]] or [np.nan]))
-    return dict(psnr=float(np.mean([j["psnr"] for j in judged])), **dict(zip(("found",) + ATTRIBUTES, shares)),
-                offset=mean("offsets"), size_error=mean("size_errors"),
-                perfect=float(np.mean([j["perfect"] for j in judged])))  # fmt: skip
+    mean = lambda name: float(np.mean([j[name] for j in judged]))
+    found_mean = lambda name: float(np.mean([v for j in judged for v in j[name]] or [np.nan]))
+    shares = dict(zip(("found",) + ATTRIBUTES, shares))
+    return dict(psnr=mean("psnr"), **shares, offset=found_mean("offsets"), size_error=found_mean("size_errors"),
+                perfect=mean("perfect"))
 
 
 def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
@@ -175,31 +177,33 @@ def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
 
 def images_of(truths: list[dict]) -> torch.Tensor:
     """(n, 3, 32, 32) uint8"""
-    return torch.from_numpy(np.stack([np.array(draw(truth)) for truth in truths])).permute(0, 3, 1, 2).contiguous()
+    pixels = np.stack([np.array(draw(truth)) for truth in truths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-ROWS = ("original", "VAE alone", "embedding", "generated caption", "true caption", "true caption with map", "embedding of another")
+ROWS = ("original", "VAE alone", "embedding", "generated caption", "true caption", "true caption with map",
+        "embedding of another")
 
 
 @dataclass
-class EvaluateConfig(Settings):
-    ckpt: Text = str(HERE / "vlv")
-    images: Annotated[int, ">= 1", f"<= {SPLITS['val']}"] = SPLITS["val"]  # the others were not kept from training
-    seed_of_scenes: Seed = 0  # 0: the validation scenes; others: new pictures, a fifth with captions that were trained on
-    rows: Annotated[tuple[Literal[ROWS], ...], "that is not empty"] = ROWS
+class EvaluateConfig:
+    ckpt: str = str(HERE / "vlv")
+    images: Annotated[int, 1, SPLITS["val"]] = SPLITS["val"]  # others were not kept from training
+    seed_of_scenes: Whole = 0  # 0: the validation scenes; a fifth of others' captions were trained on
+    rows: tuple[Literal[ROWS], ...] = ROWS
     num_inference_steps: Steps = 25
-    guidance_scale: Guidance = 2.0
-    num_beams: Beams = 4
+    guidance_scale: Annotated[float, 0, 1000] = 2.0
+    num_beams: Annotated[int, 1, 100] = 4
     batch_size: Count = 50
-    seed: Seed = 0
+    seed: Whole = 0
     picture: Path | None = None  # write originals, redrawn from embedding and from caption, there
     json: Path | None = None  # write the figures there, too
 
 
 @torch.inference_mode()
 def main(argv=None):
-    args = parse_settings(EvaluateConfig, argv, __doc__)
     quiet()
+    args = read_settings(EvaluateConfig, argv, __doc__)
     try:
         model = VLV.from_pretrained(args.ckpt)
     except (ValueError, OSError) as error:
@@ -208,48 +212,50 @@ def main(argv=None):
     truths = list(scenes("val", args.images, args.seed_of_scenes))
     originals = images_of(truths)
     rows = {row: [] for row in args.rows if row != "generated caption" or captioner}
-    captions, ended, losses = [], [], {"empty prompt": [], "true caption": [], "embedding": []}
+    captions, ended, losses = [], [], {"empty prompt": 0.0, "true caption": 0.0, "embedding": 0.0}
     prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])
+
+    steps, scale = args.num_inference_steps, args.guidance_scale
 
     def redraw(row, prompt):
         if row in rows:
-            rows[row] += decoder.reconstruct(prompt, args.num_inference_steps, args.guidance_scale, args.seed)
+            rows[row] += decoder.reconstruct(prompt, steps, scale, args.seed)
 
     for at in tqdm(range(0, len(truths), args.batch_size), desc="evaluating", unit=" batches"):
         here = slice(at, at + args.batch_size)
-        images, embeds, true_captions = originals[here], prompt_embeds[here], [describe(t) for t in truths[here]]
+        images, embeds, true_captions = originals[here], prompt_embeds[here], [*map(describe, truths[here])]
         if "original" in rows:
-            rows["original"] += [draw(t) for t in truths[here]]
+            rows["original"] += map(draw, truths[here])
         if "VAE alone" in rows:
             decoded = decoder.vae.decode(decoder.vae.encode(images / 127.5 - 1).latent_dist.mode()).sample
             rows["VAE alone"] += decoder.pipeline.image_processor.postprocess(decoded)
         redraw("embedding", embeds)
         redraw("embedding of another", prompt_embeds.roll(1, 0)[here])
         redraw("true caption", true_captions)
-        redraw("true caption with map", [describe_precisely(t) for t in truths[here]])
-        encode = lambda texts: decoder.pipeline.encode_prompt(texts, embeds.device, 1, False)[0]
-        noise = decoder.draw_noise(range(at, at + len(images)))
-        for name, c in [("empty prompt", encode([""] * len(images))), ("true caption", encode(true_captions)),
-                        ("embedding", embeds)]:  # fmt: skip
-            losses[name].append((decoder.denoising_loss(images, c, noise).item(), len(images)))
+        redraw("true caption with map", [*map(describe_precisely, truths[here])])
+        noise = draw_noise(range(at, at + len(images)), decoder.latent_shape, decoder.num_timesteps)
+        for name, prompt in [("empty prompt", [""] * len(images)), ("true caption", true_captions)]:
+            c = decoder.pipeline.encode_prompt(prompt, embeds.device, 1, False)[0]
+            losses[name] += decoder.denoising_loss(images, c, noise).item() * len(images)
+        losses["embedding"] += decoder.denoising_loss(images, embeds, noise).item() * len(images)
         if captioner is not None:
             pairs = captioner.generate(embeds, args.num_beams, with_ends=True)
             captions += [caption for caption, _ in pairs]
             ended += [end for _, end in pairs]
             redraw("generated caption", captions[here])
-    result = {"images": len(truths)}
-    print(f"{args.ckpt} on {len(truths)} held-out scenes, {args.num_inference_steps} steps, guidance {args.guidance_scale}")
-    result["denoising_loss"] = {k: sum(v * n for v, n in pairs) / len(truths) for k, pairs in losses.items()}
-    print("denoising loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in result["denoising_loss"].items()))
+    losses = {name: total / len(truths) for name, total in losses.items()}
+    result = {"images": len(truths), "denoising_loss": losses}
+    print(f"{args.ckpt} on {len(truths)} held-out scenes, {steps} steps, guidance {scale}")
+    print("denoising loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     if captioner is not None:
         result["captions"] = score_captions(truths, captions) | dict(ended=float(np.mean(ended)))
-        print("captions: {exact:.1%} exactly right, {attributes:.2%} of attributes right, {ended:.1%} ended by"
-              " themselves".format(**result["captions"]))  # fmt: skip
+        print("captions: {exact:.1%} exactly right, {attributes:.2%} of attributes right, {ended:.1%} ended"
+              " by themselves".format(**result["captions"]))
     print(f"{'redrawn from':22} PSNR dB | found  colour  shape   size  place | all right | off by px")
     for name, pictures in rows.items():
-        s = result[name] = score_pictures(truths, pictures)
-        print(f"{name:22} {s['psnr']:7.2f} | {s['found']:5.1%}  {s['color']:6.1%} {s['shape']:6.1%} {s['size']:6.1%}"
-              f" {s['place']:6.1%} | {s['perfect']:9.1%} | {s['offset']:.2f}")  # fmt: skip
+        result[name] = score_pictures(truths, pictures)
+        print("{:22} {psnr:7.2f} | {found:5.1%}  {color:6.1%} {shape:6.1%} {size:6.1%} {place:6.1%} |"
+              " {perfect:9.1%} | {offset:.2f}".format(name, **result[name]))
     if args.picture:
         columns = [row for row in ("original", "embedding", "generated caption") if row in rows]
         panel(list(zip(*(rows[name] for name in columns))), captions or [""] * len(truths)).save(args.picture)

@@ -10,8 +10,8 @@ writes, each an ordinary save_pretrained folder,
     models/qwen       a Qwen2 that has read captions and never saw a picture
 
 The drawing model reads two kinds of text, as the real one's alt-texts range from vague to exact: the world's
-captions, and the same with map references ("a small blue circle at k f size c"). The other two know captions only.
-A finished part is skipped: delete its folder to make it again.
+captions, and the same with map references ("a small blue circle at k f size c"). The other two know captions
+only. A finished part is skipped: delete its folder to make it again.
 """
 
 import json
@@ -34,13 +34,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.settings import Count, Seed, Settings, parse_settings
+from data.settings import Count, Whole, read_settings
 
 CONTEXT = 40  # CLIP positions: the longest text has 37 tokens
 
 
 def fit(name, modules, loss_of, steps, lr, batch_size, count, precision=torch.float32):
-    """AdamW with a short warm-up and a cosine to zero; `loss_of(indices)` returns the loss of those scenes."""
+    """AdamW with a short warm-up and a cosine to zero. loss_of: indices of scenes -> their loss."""
     params = [p for m in modules for p in m.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
     shape = lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -70,7 +70,7 @@ def train_vae(images, steps):
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=[32, 64, 64], layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=RESOLUTION)  # fmt: skip
+        sample_size=RESOLUTION)
 
     def loss_of(indices):
         x = images[indices].float() / 127.5 - 1
@@ -85,7 +85,8 @@ def train_vae(images, steps):
 @torch.no_grad()
 def encode_images(vae, images):
     """Means and standard deviations of all latents, (n, 4, 8, 8) each."""
-    parts = [vae.encode(chunk.float() / 127.5 - 1).latent_dist for chunk in tqdm(images.split(256), desc="latents")]
+    chunks = tqdm(images.split(256), desc="latents")
+    parts = [vae.encode(chunk.float() / 127.5 - 1).latent_dist for chunk in chunks]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
@@ -94,13 +95,14 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
     mean, std = encode_images(vae, images)
     vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
     tokenizer = CLIPTokenizer().train_new_from_iterator(
-        texts[:5000] + precise_texts[:5000] + [" ".join(MAP)] * 100, vocab_size=1000, show_progress=False)  # fmt: skip
+        texts[:5000] + precise_texts[:5000] + [" ".join(MAP)] * 100, vocab_size=1000, show_progress=False)
     tokenizer.model_max_length = CONTEXT
     text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=CONTEXT, hidden_act="gelu", pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))  # fmt: skip
-    # At this width CLIP's 0.02 would drown a word in the average of the words around it, and with it the word's place.
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=CONTEXT, hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id))
+    # At this width CLIP's 0.02 would drown a word and its place in the average of the words around it.
     torch.nn.init.normal_(text_encoder.embeddings.token_embedding.weight, std=0.5)
     torch.nn.init.normal_(text_encoder.embeddings.position_embedding.weight, std=0.5)
     unet = UNet2DConditionModel(
@@ -108,13 +110,14 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
         down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2, block_out_channels=[64, 96, 96],
         layers_per_block=1, cross_attention_dim=128, attention_head_dim=[2, 3, 3], norm_num_groups=16,
-        use_linear_projection=True)  # fmt: skip
-    # v-prediction, as the 768-pixel Stable Diffusion 2.1 has it: it weighs the noisy timesteps, where it is decided
-    # what goes where. After 3,600 steps of ε-prediction colours and shapes were right, and places still ignored.
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")  # fmt: skip
+        use_linear_projection=True)
+    # v-prediction, as in the 768-pixel Stable Diffusion 2.1, weighs the noisy timesteps, where it is decided
+    # what goes where. After 3,600 steps of ε-prediction colours and shapes were right, places still ignored.
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              steps_offset=1, clip_sample=False, set_alpha_to_one=False,
+                              prediction_type="v_prediction")
     ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-           for t in (texts, precise_texts, [""])]  # fmt: skip
+           for t in (texts, precise_texts, [""])]
     assert ids[0].shape[1] == ids[1].shape[1] == CONTEXT, "a text is longer than CLIP's positions"
 
     def loss_of(indices):
@@ -129,7 +132,7 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
     fit("sd", [text_encoder, unet], loss_of, steps, lr=1e-3, batch_size=64, count=len(images))
     return (StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                                     scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                    requires_safety_checker=False),)  # fmt: skip
+                                    requires_safety_checker=False),)
 
 
 def train_qwen(texts, steps, width=128, layers=4):
@@ -138,42 +141,45 @@ def train_qwen(texts, steps, width=128, layers=4):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))  # fmt: skip
-    batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, padding_side="right", return_tensors="pt")
+        pad_token_id=tokenizer.pad_token_id))
+    texts = [text + tokenizer.eos_token for text in texts]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
 
     def loss_of(indices):
-        return model(batch.input_ids[indices], attention_mask=batch.attention_mask[indices], labels=labels[indices]).loss
+        ids, mask = batch.input_ids[indices], batch.attention_mask[indices]
+        return model(ids, attention_mask=mask, labels=labels[indices]).loss
 
     fit("qwen", [model], loss_of, steps, lr=2e-3, batch_size=32, count=len(texts))
     return model, tokenizer
 
 
 def region_labels(scene, patch=4):
-    """(3, 8, 8) int: shape, colour and size of what covers over a quarter of a patch, counted from 1; 0: nothing."""
+    """(3, 8, 8) int: shape, colour and size, from 1, of what covers over a quarter of a patch; 0: nothing."""
     labels = np.zeros((3, RESOLUTION // patch, RESOLUTION // patch), dtype=np.int64)
     for o in scene["objects"]:
         cover = coverage(o["shape"], o["x"], o["y"], o["r"])
         here = cover.reshape(RESOLUTION // patch, patch, RESOLUTION // patch, patch).mean((1, 3)) > 0.25
-        for row, (value, values) in enumerate([(o["shape"], SHAPES), (o["color"], COLORS), (o["size"], SIZES)]):
-            labels[row][here] = list(values).index(value) + 1
+        for row, (name, values) in enumerate([("shape", SHAPES), ("color", COLORS), ("size", SIZES)]):
+            labels[row][here] = list(values).index(o[name]) + 1
     return labels
 
 
 def train_florence(images, texts, drawn, region_steps, steps):
     tokenizer = BartTokenizer(extra_special_tokens={"image_token": "<image>"})
     task = "Describe with a paragraph what is shown in the image."
-    tokenizer = tokenizer.train_new_from_iterator(texts[:5000] + [task] * 100, vocab_size=500, show_progress=False)
-    tokens = (RESOLUTION // 4) ** 2 + 1
-    image_processor = CLIPImageProcessorPil(
-        size={"height": RESOLUTION, "width": RESOLUTION}, crop_size={"height": RESOLUTION, "width": RESOLUTION},
-        do_center_crop=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # fmt: skip
+    read = texts[:5000] + [task] * 100
+    tokenizer = tokenizer.train_new_from_iterator(read, vocab_size=500, show_progress=False)
+    tokens, size = (RESOLUTION // 4) ** 2 + 1, {"height": RESOLUTION, "width": RESOLUTION}
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, image_mean=mean,
+                                            image_std=std)
     image_processor.image_seq_length = tokens
     processor = Florence2Processor(image_processor=image_processor, tokenizer=tokenizer)
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-               eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id)  # fmt: skip
-    # The usual 0.02 is made for widths of 1,000: at 128 attention starts out blind, and after 1,500 steps only the
-    # background had been learned. Positions must be as large as the contents that they are added to.
+               eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id)
+    # The usual 0.02 is made for widths of 1,000: at 128 attention starts out blind, and after 1,500 steps
+    # only the background had been learned. Positions must be as large as the contents that they are added to.
     model = Florence2ForConditionalGeneration(Florence2Config(
         initializer_range=0.09, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_config=dict(
@@ -184,19 +190,20 @@ def train_florence(images, texts, drawn, region_steps, steps):
             model_type="bart", vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=3,
             encoder_ffn_dim=512, decoder_ffn_dim=512, encoder_attention_heads=4, decoder_attention_heads=4,
             max_position_embeddings=256, init_std=0.09, dropout=0.0, scale_embedding=False, **ids),
-        **ids))  # fmt: skip
-    places, language_model = model.model.multi_modal_projector.image_position_embed, model.model.language_model
+        **ids))
+    places, bart = model.model.multi_modal_projector.image_position_embed, model.model.language_model
     for embedding, size in [(places.row_embeddings, 1.0), (places.column_embeddings, 1.0),
-                            (language_model.encoder.embed_positions, 0.5),
-                            (language_model.decoder.embed_positions, 0.5)]:  # fmt: skip
+                            (bart.encoder.embed_positions, 0.5), (bart.decoder.embed_positions, 0.5)]:
         torch.nn.init.normal_(embedding.weight, std=size)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
-    prompt = torch.tensor([tokenizer("<image>" * tokens, add_special_tokens=False).input_ids + tokenizer(task).input_ids])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    image_ids = tokenizer("<image>" * tokens, add_special_tokens=False).input_ids
+    prompt = torch.tensor([image_ids + tokenizer(task).input_ids])
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
 
-    # Captions alone teach the tower colours and places, but after 1,200 steps circles and squares were still one to it;
-    # and what the frozen tower cannot see, VLV cannot learn. The real one was pretrained on regions, too.
+    # Captions alone teach the tower colours and places, but after 1,200 steps circles and squares were still
+    # one to it; and what the frozen tower cannot see, VLV cannot learn. The real one was pretrained on
+    # regions, too.
     regions = torch.from_numpy(np.stack([region_labels(scene) for scene in drawn]))
     kinds = [len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1]
     tower, head = model.model.vision_tower, torch.nn.Linear(128, sum(kinds))
@@ -206,12 +213,13 @@ def train_florence(images, texts, drawn, region_steps, steps):
         scores = head(features.movedim(1, -1)).movedim(-1, 1).split(kinds, 1)
         return sum(F.cross_entropy(score, regions[indices, row]) for row, score in enumerate(scores))
 
-    fit("florence's tower", [tower, head], region_loss, region_steps, lr=1e-3, batch_size=64, count=len(texts))
+    fit("its tower", [tower, head], region_loss, region_steps, lr=1e-3, batch_size=64, count=len(texts))
     model.requires_grad_(True)
 
     def loss_of(indices):
         pixel_values = (images[indices].float() / 255 - mean) / std
-        return model(input_ids=prompt.expand(len(indices), -1), pixel_values=pixel_values, labels=labels[indices]).loss
+        prompts = prompt.expand(len(indices), -1)
+        return model(input_ids=prompts, pixel_values=pixel_values, labels=labels[indices]).loss
 
     fit("florence", [model], loss_of, steps, lr=5e-4, batch_size=32, count=len(texts))
     return model, processor
@@ -224,10 +232,10 @@ def save(path, *parts):
     for part in parts:
         if hasattr(part, "to"):
             part.to(dtype=torch.float16)
-        if isinstance(part, StableDiffusionPipeline):  # which loads VAE and UNet as float32, but CLIP as it was saved
+        if isinstance(part, StableDiffusionPipeline):  # it loads CLIP as it was saved, the others as float32
             part.text_encoder.float()
         part.save_pretrained(temporary)
-    for file in temporary.rglob("config.json"):  # diffusers notes where the VAE was loaded from; that place is no more
+    for file in temporary.rglob("config.json"):  # diffusers notes where the VAE was; that place is no more
         values = json.loads(file.read_text())
         if values.pop("_name_or_path", None):
             file.write_text(json.dumps(values, indent=2) + "\n")
@@ -236,7 +244,7 @@ def save(path, *parts):
 
 
 @dataclass
-class PretrainConfig(Settings):
+class PretrainConfig:
     out: Path = HERE / "models"
     scenes: Count = 60_000
     vae_steps: Count = 5000
@@ -244,11 +252,11 @@ class PretrainConfig(Settings):
     qwen_steps: Count = 800
     region_steps: Count = 4000
     florence_steps: Count = 2000
-    seed: Seed = 1
+    seed: Whole = 1
 
 
 def main(argv=None):
-    args = parse_settings(PretrainConfig, argv, __doc__)
+    args = read_settings(PretrainConfig, argv, __doc__)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     drawn = scenes("pretrain", args.scenes, args.seed, exclude=validation_captions())

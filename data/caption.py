@@ -1,0 +1,208 @@
+"""
+Captions whole data sets: tar shards, with any number of processes, through any number of kills.
+
+    torchrun --nproc_per_node=8 data/caption.py data/laion/shards --ckpt out/stage2 --out captions
+
+takes tar files and folders of them. For each there is one file in --out, complete or absent:
+
+    00000.jsonl         a line {"image": "00000.tar/KEY", "caption": ...} for each image that can be read
+    unreadable.txt      what cannot be read
+    .parts/             what is not finished, and what of each shard cannot be read
+
+A killed call goes on by the same command. Each process captions shards of its own, in batches that are always
+the same images: so the captions are the same, however often the work is stopped. To caption a shard anew,
+remove its file."""
+
+import fcntl
+import io
+import json
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.distributed import ignore_signals, init_process_group, launch, on_every_rank, quiet
+from data.distributed import rank_and_world_size, received, select_device, select_dtype
+from data.loader import NOT_AN_IMAGE, crop_image, open_image, read_shard
+from data.results import TEXT, report, write_lines
+from data.run import fingerprint
+from data.settings import Count, printable, read_settings, same_as_before
+from vlv import VLV, find_checkpoint, load_config
+
+
+@dataclass
+class CaptionConfig:
+    shards: tuple[Path, ...]  # tar files, and folders of them
+    ckpt: str = "out/stage2"  # a checkpoint folder, or a hub id that was downloaded
+    out: Path = Path("captions")  # with several machines: on storage that all of them see
+    num_beams: Annotated[int, 1, 100] = 1  # the paper's 4 are several times slower
+    max_new_tokens: Count = 300  # a caption ends by itself, or here
+    batch_size: Count = 64  # images at once
+    # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    num_workers: Annotated[int, 0, 256] = 4  # processes that read and decode images ahead
+    usd_per_gpu_hour: Annotated[float, 0.001, 1000] = 2.5  # only for what it says about its cost
+
+
+class Shard:
+    """A tar file, and the files of its captions."""
+
+    def __init__(self, path: Path, name: str, out: Path):
+        self.path, self.name, self.final = path, name, out / f"{name}.jsonl"
+        self.part, self.unreadable = out / ".parts" / f"{name}.jsonl", out / ".parts" / f"{name}.txt"
+
+    def start(self, batch_size: int):
+        """Opens the unfinished captions, for this process alone; one that outlives a killed call is waited
+        for. Only whole batches are kept. Returns the file, and how many images it has."""
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.part, "a+b")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        lines = file.readlines()
+        count = sum(line.endswith(b"\n") for line in lines) // batch_size * batch_size
+        file.truncate(sum(map(len, lines[:count])))
+        return file, count
+
+    def finish(self, problem: str | None) -> None:
+        """Turns complete lines into the final file. If this is killed, it can be done again."""
+        records = [json.loads(line) for line in open(self.part, **TEXT)]
+        problems = [problem] if problem else []
+        problems += [record["problem"] for record in records if "problem" in record]
+        write_lines(self.unreadable, [printable(sentence) for sentence in problems])
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        captions = [json.dumps(record, ensure_ascii=False) for record in records if "caption" in record]
+        write_lines(self.final, captions)
+        self.part.unlink()
+
+
+def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
+    """Raises ValueError for a name without shards, or if two shards would have one captions file."""
+    found = {}
+    for name in names:
+        paths = sorted(name.rglob("*.tar")) if name.is_dir() else [name]
+        if not paths or not all(path.is_file() and path.suffix == ".tar" for path in paths):
+            raise ValueError(f"{name}: no tar shards are there; sample.py captions images")
+        for path in paths:
+            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
+            shard = found.setdefault(relative, Shard(path, relative, out))
+            if shard.path != path:
+                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
+    if not found:
+        raise ValueError("name tar shards, or folders of them")
+    return list(found.values())
+
+
+class Images(torch.utils.data.Dataset):
+    """Index -> {"image": "00000.tar/KEY", and "pixels": (3, size, size) uint8 array, or "problem": why there
+    are none}. Arrays go through a pipe; tensors would lie in shared memory, where a kill leaves them."""
+
+    def __init__(self, shard: Shard, keys: list[str], spans, size: int):
+        self.shard, self.keys, self.spans, self.size = shard, keys, spans, size
+
+    def __getitem__(self, i) -> dict:
+        name = f"{self.shard.name}.tar/{self.keys[i]}"
+        try:
+            with open(self.shard.path, "rb") as file:
+                file.seek(self.spans[i, 0])
+                data = io.BytesIO(file.read(self.spans[i, 1]))
+            return {"image": name, "pixels": crop_image(open_image(data, self.size), self.size).numpy()}
+        except NOT_AN_IMAGE as error:
+            reason = " ".join(str(error).split())
+            return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
+
+
+def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
+    """(checkpoint, shards). Raises ValueError or OSError for settings that cannot be."""
+    checkpoint, shards = find_checkpoint(args.ckpt), find_shards(args.shards, args.out)
+    if load_config(checkpoint).stage == 1:
+        raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
+    note = args.out / "settings.json"
+    others = [shard.final for shard in shards if shard.final.exists() and not note.exists()]
+    if others:
+        raise ValueError(f"{others[0]} was not written by this program: choose another --out")
+    settings = dict(checkpoint=fingerprint(checkpoint), num_beams=args.num_beams, precision=args.precision,
+                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    same_as_before(note, settings, "choose another --out")
+    return checkpoint, shards
+
+
+def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):
+    """Captions what is left of a shard. Yields after each batch: how many images, seconds waited for them."""
+    file, done = shard.start(args.batch_size)
+    if shard.final.exists():  # the process that held the file has finished it
+        return
+    keys, spans, problem = read_shard(shard.path)
+    size = args.batch_size
+    batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
+    loader = iter(torch.utils.data.DataLoader(
+        Images(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
+        num_workers=min(args.num_workers, len(batches)), worker_init_fn=ignore_signals))
+    for _ in batches:
+        start = time.perf_counter()
+        items = next(loader)
+        waited = time.perf_counter() - start
+        good = [item for item in items if "pixels" in item]
+        if good:
+            images = torch.stack([torch.from_numpy(item.pop("pixels")) for item in good]).to(device)
+            prompt_embeds = torch.cat([model.embed(some) for some in images.split(8)])  # for less memory
+            captions = model.caption_head.generate(prompt_embeds, args.num_beams, args.max_new_tokens)
+            for item, caption in zip(good, captions):
+                item["caption"] = caption
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        file.write(lines.encode(TEXT["encoding"], TEXT["errors"]))
+        file.flush()
+        yield len(items), waited
+    shard.finish(problem)
+
+
+@torch.inference_mode()
+def main(argv=None) -> int:
+    args = read_settings(CaptionConfig, argv, __doc__)
+    quiet()
+    rank, world_size = rank_and_world_size()
+    device = on_every_rank(lambda: select_device("auto"))
+    if world_size > 1:
+        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+    checkpoint, shards = on_every_rank(lambda: prepare(args))
+    mine = [shard for shard in shards if not shard.final.exists()][rank::world_size]
+    how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
+    model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
+    count, waited, start, unreadable = 0, 0.0, time.perf_counter(), []
+    bar = tqdm(total=len(mine), unit=" shards", disable=rank > 0 or not mine)
+    try:
+        for shard in mine:
+            for images, seconds in caption_shard(args, model, device, shard):
+                count, waited, elapsed = count + images, waited + seconds, time.perf_counter() - start
+                per_dollar = count / elapsed * 3600 / args.usd_per_gpu_hour
+                rate, waiting = count / elapsed * world_size, waited / elapsed
+                bar.set_postfix_str(f"{rate:,.1f}/s, {per_dollar:,.0f} per dollar, {waiting:.0%} waiting")
+                if received:
+                    sys.exit("stopped by the end of torchrun; the same command goes on")
+            bar.update()
+        if world_size > 1:
+            dist.barrier()
+        if rank > 0:
+            return 0
+        for shard in shards:
+            if shard.unreadable.exists():
+                unreadable += shard.unreadable.read_text(**{"encoding": TEXT["encoding"]}).splitlines()
+        if unreadable or (args.out / "unreadable.txt").exists():
+            write_lines(args.out / "unreadable.txt", unreadable)
+    except OSError as error:
+        sys.exit(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept")
+    bar.close()
+    print(f"captions are in {args.out}/" + ("" if mine else "; nothing was left to do"), file=sys.stderr)
+    return report(unreadable)
+
+
+if __name__ == "__main__":
+    launch(main, "stopped; the same command goes on")

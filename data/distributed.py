@@ -1,0 +1,187 @@
+"""
+The processes that torchrun started: their devices, agreement, signals and end. One process is a run, too.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+PARENT = os.getppid()  # torchrun, if it started this process
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks a run to save and exit
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+received = []  # why this process was asked to exit
+
+
+def quiet() -> None:
+    """Silences what libraries tell a command's user, who can do nothing about it."""
+    warnings.filterwarnings("ignore")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print_once(text: str) -> None:
+    """Prints on rank 0, above the progress bar."""
+    if rank_and_world_size()[0] == 0:
+        tqdm.write(text)
+
+
+def select_device(name: str) -> torch.device:
+    """This process's device. auto: cuda if there is a GPU for each process, else mps (a Mac's GPU), else cpu.
+    Raises ValueError if the device is not here."""
+    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has_cuda = torch.cuda.device_count() >= processes
+    has_mps = torch.backends.mps.is_available() and processes == 1
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
+        raise ValueError(f"no CUDA GPU is here for each of {processes} processes: start as many as there are"
+                         f" ({torch.cuda.device_count()}), or add --device cpu")
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if processes > 1:  # processes that each take every core slow each other down tenfold
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
+    return torch.device(name)
+
+
+def select_dtype(precision: str, device: torch.device, checkpoint: Path) -> torch.dtype:
+    """The dtype of a model that only runs. precision: fp32, bf16, fp16 or auto."""
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    is_large = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")) > 500e6
+    bf16 = is_large  # on CPUs large models are faster in bf16
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
+    """Joins the other processes. timeout: how long one waits for another, which may be indexing data."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # after a restart torchrun hands out the same store, with the addresses of the dead in it
+        store = dist.PrefixStore(f"restart {RESTARTS}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.barrier()
+    threading.Thread(target=follow_torchrun, daemon=True).start()
+
+
+def follow_torchrun() -> None:
+    """Nobody else ends this process when torchrun is gone: it saves and exits, or dies waiting for others."""
+    while os.getppid() == PARENT:
+        time.sleep(1)
+    received.append("the end of torchrun")
+    time.sleep(120)
+    os._exit(1)
+
+
+def note_signals() -> None:
+    """From now on a signal is noted in `received`, and the run exits after its step."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, frame: received.append("a signal"))
+
+
+def ignore_signals(worker: int) -> None:
+    """For a data loader's workers. Signals reach them, too, but the step that is under way needs them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def all_gather(value) -> list:
+    """Every process's value, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce(values: list, device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:
+    """The sum (ReduceOp.MAX: the greatest) of each number or scalar tensor over all processes."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    values = torch.stack([torch.as_tensor(value, dtype=dtype).to(device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def on_every_rank(task):
+    """task() on every process. If it raises ValueError or OSError on one, all exit, and the reason is
+    said."""
+    result = problem = None
+    try:
+        result = task()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = sorted({p for p in all_gather(problem) if p})
+    if problems:
+        exit_run(f"error: {'; '.join(problems)}")
+    return result
+
+
+def main_rank_first(task):
+    """on_every_rank(task), but one process of each machine goes first; the others find what it made."""
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = on_every_rank(lambda: task() if goes_first else None)
+    return on_every_rank(lambda: result if goes_first else task())
+
+
+def exit_run(sentence: str, run_dir: Path | None = None) -> None:
+    """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, which
+    torchrun's restarts find: they cannot mend it."""
+    rank = int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0))
+    if rank > 0 and not dist.is_initialized():
+        time.sleep(60)  # torchrun ends this process once the first one has spoken
+    if rank == 0 and run_dir:
+        with suppress(OSError):
+            (run_dir / "stopped.txt").write_text(sentence + "\n")
+    sys.exit(1 if rank else sentence)
+
+
+def check_restart(run_dir: Path | None) -> None:
+    """Exits if torchrun restarts a run that has ended for a reason. A new start removes the reason."""
+    if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
+        sys.exit(1)
+    if run_dir and rank_and_world_size()[0] == 0:
+        (run_dir / "stopped.txt").unlink(missing_ok=True)
+
+
+def launch(main, interrupted: str) -> None:
+    """Runs a program and ends this process at once. Python's own way waits for processes that were killed; so
+    does destroy_process_group, now and then, in torch 2.13."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except torch.OutOfMemoryError as error:
+        code = ("error: the GPU's memory is full: lower the (micro-)batch size; train.py also has"
+                f" --gradient_checkpointing unet bart llm ({error})")
+    except KeyboardInterrupt:
+        code = interrupted
+    except BaseException:
+        code = traceback.format_exc()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)

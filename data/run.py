@@ -1,0 +1,234 @@
+"""
+The folder of a training run, OUT_DIR/stage1 or stage2:
+
+    step-000100/        a checkpoint, complete or absent; the last two are kept
+        config.json, model.safetensors       for VLV.from_pretrained; of 8 processes 8 files
+        trainer.json, optimizer.safetensors  to go on from: the step, and AdamW's state by parameter name
+    saving/             the next checkpoint, not complete yet
+    log.jsonl, curves.png, step-000100.png, settings.json; skipped.txt and stopped.txt, if there is a reason
+    .lock               held by the one process that may write here
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
+from data.settings import read_json, write_json, write_whole
+from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Tells checkpoints apart: a hash of config.json, and of the ends of the weights' files."""
+    digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def lock(folder: Path):
+    """Makes this process the one writer of a folder, until the file that this returns is closed. Raises
+    ValueError if another writer is alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{folder} belongs to another run, {file.read()}: wait, or choose another") from None
+    except OSError as error:  # a file system without locks
+        tqdm.write(f"{folder} cannot be locked ({error}): take care that no second run writes into it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}")
+    file.flush()
+    return file
+
+
+def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
+    """Takes the run's folder, and finds where the run starts. Exits if that cannot be.
+
+    run_dir: None for a run that writes nothing. stage1: the run that this one follows, if any. Returns (a
+    file to keep open, checkpoint or None for the pretrained models, whether that is this run's own)."""
+    is_writer = run_dir is not None and rank_and_world_size()[0] == 0
+    locked = on_every_rank(lambda: lock(run_dir) if is_writer else None)
+    if is_writer:
+        shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
+    checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
+    owner = on_every_rank(lambda: (run_dir / ".lock").read_text() if run_dir else "")
+    seen = set(all_gather((str(checkpoint), owner)))
+    if len(seen) > 1:
+        exit_run(f"error: {run_dir} must be on storage that all machines see, but here they see {seen}")
+    return locked, checkpoint, resumes
+
+
+def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
+    """(checkpoint or None, whether it is this run's own). Raises ValueError or OSError if that is not
+    clear."""
+    own = checkpoints(run_dir) if run_dir else []
+    if own and not resume:
+        raise ValueError(f"{run_dir} already holds a run: add --resume to go on, or choose another --out_dir")
+    if own:
+        return own[-1], True
+    if init_from or stage1 is None:
+        return find_checkpoint(init_from) if init_from else None, False
+    checkpoint = find_checkpoint(stage1)
+    trainer = read_json(checkpoint / "trainer.json") if (checkpoint / "trainer.json").exists() else {}
+    step, max_steps = trainer.get("step", 0), trainer.get("max_steps", 0)
+    if step < max_steps:
+        raise ValueError(f"stage 1 is not finished: {checkpoint} is step {step:,} of {max_steps:,}: finish"
+                         f" it, or start from it as it is with --init_from {checkpoint}")
+    return checkpoint, False
+
+
+class Checkpointer:
+    """Saves and restores a run. Each process writes its share: some of the weights, and the optimizer's state
+    that it holds. So nothing is gathered, and any number of processes can go on from it.
+
+    started_with: what a run must not change, by name. problem: why the last save failed, or None.
+   """
+
+    def __init__(self, run_dir: Path | None, model, optimizer: torch.optim.Optimizer, started_with: dict):
+        self.run_dir, self.model, self.started_with, self.problem = run_dir, model, started_with, None
+        self.optimizer = getattr(optimizer, "optim", optimizer)  # of ZeroRedundancyOptimizer the share here
+        self.names = {p: name for name, p in model.named_parameters()}
+
+    def restore(self, checkpoint: Path, accept_changes: bool) -> int:
+        """Reads the optimizer's state; returns the step. Raises ValueError if there is none, or if the run
+        was started with something else and that is not accepted."""
+        if not (checkpoint / "trainer.json").exists():
+            raise ValueError(f"{checkpoint} has no trainer.json, so it cannot be continued: choose another"
+                             f" --out_dir, and start from it with --init_from {checkpoint}")
+        trainer = read_json(checkpoint / "trainer.json")
+        for name, value in self.started_with.items():
+            if name != "max_steps" and trainer.get(name) != value and not accept_changes:
+                raise ValueError(f"{self.run_dir} was started with {name} {trainer.get(name)}, and now it is"
+                                 f" {value}: give it as it was, or add --accept_changes")
+        saved = read_weights(checkpoint, "optimizer")
+        for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                name = f"{self.names[p]}.{kind}"
+                if name not in saved:
+                    raise ValueError(f"{checkpoint} trained other parts: it has no optimizer state {name}")
+                self.optimizer.state[p][kind] = saved[name][...].to(p.device)
+        return trainer["step"]
+
+    def save(self, step: int) -> None:
+        """Writes step-STEP, by all processes together. A failure is said, and the run goes on."""
+        if self.run_dir is None:
+            return
+        start, folder = time.perf_counter(), self.run_dir / "saving"
+        rank, world_size = rank_and_world_size()
+        part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
+        weights, mine, sizes = self.model.learned_state(), {}, [0] * world_size
+        for name in sorted(weights, key=lambda name: -weights[name].numel()):
+            writer = sizes.index(min(sizes))  # who has the least to write so far
+            sizes[writer] += weights[name].numel()
+            if writer == rank:
+                mine[name] = weights[name]
+        state = {f"{self.names[p]}.{kind}": value
+                 for p, values in self.optimizer.state.items() for kind, value in values.items()}
+        problem = None
+        try:
+            folder.mkdir(exist_ok=True)
+            write_weights(folder / f"model{part}.safetensors", mine, self.model.config)
+            write_weights(folder / f"optimizer{part}.safetensors", state, self.model.config)
+            if rank == 0:
+                write_json(folder / "trainer.json", {"step": step} | self.started_with)
+                write_about(folder, self.model)
+            sync(folder)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        problems = [p for p in all_gather(problem) if p]
+        if rank == 0:
+            try:
+                if not problems:
+                    os.rename(folder, self.run_dir / f"step-{step:06d}")
+                    sync(self.run_dir)
+            except OSError as error:
+                problems = [str(error)]
+            shutil.rmtree(folder, ignore_errors=True)
+            older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
+            for old in older[:-1] if not problems else []:
+                with suppress(OSError):  # one that cannot be removed harms nothing
+                    os.rename(old, folder)  # no half of it counts as a checkpoint
+                    shutil.rmtree(folder)
+        self.problem = next(iter(all_gather(problems)[0]), None)
+        if self.problem:
+            print_once(f"error: step {step:,} is not saved: {self.problem}; the next save tries again")
+        else:
+            print_once(f"step {step:,} is saved in {time.perf_counter() - start:.1f} s")
+
+
+class Log:
+    """The files beside a run's checkpoints. The run can do without them: where one cannot be written, it says
+    so and goes on. Lines of log.jsonl after step `start` are taken out, as they come again."""
+
+    def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
+        self.run_dir, self.is_writer, self.board = run_dir, rank_and_world_size()[0] == 0, None
+        self.write("log.jsonl", lambda path: cut_log(path, start))
+        if tensorboard and run_dir and self.is_writer:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1)
+
+    def write(self, name: str, write, on_any_rank: bool = False) -> None:
+        """Calls write(RUN_DIR/NAME)."""
+        if self.run_dir and (self.is_writer or on_any_rank):
+            try:
+                write(self.run_dir / name)
+            except OSError as error:
+                tqdm.write(f"error: {self.run_dir / name} is not written: {error.strerror or error}")
+
+    def scalars(self, step: int, **values) -> None:
+        """Adds a line to log.jsonl, with null for what is not finite."""
+        values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
+        self.write("log.jsonl", lambda path: append(path, json.dumps({"step": step, **values})))
+        for name, value in values.items() if self.board else ():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, sheet, captions: list[str]) -> None:
+        self.write(f"step-{step:06d}.png", sheet.save)
+        if self.board:
+            self.board.add_image("pictures", np.asarray(sheet), step, dataformats="HWC")
+            self.board.add_text("captions", "\n".join(f"1. {caption}" for caption in captions), step)
+            self.board.flush()
+
+    def skipped(self, sentences: list[str]) -> None:
+        """Notes samples that could not be read, on whatever rank."""
+        for sentence in sentences:
+            self.write("skipped.txt", lambda path: append(path, sentence), on_any_rank=True)
+            tqdm.write(f"skipped: {sentence}")
+
+
+def append(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl, without half ones, written as the disk was full."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def cut_log(path: Path, start: int) -> None:
+    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
+    if path.exists() and "".join(lines) != path.read_text():
+        write_whole(path, lambda file: file.write_text("".join(lines)))
