@@ -2564,5 +2564,5 @@ def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tm
     assert same[0] == same[1]
     main = load_script("data/coco/questions.py").main
     for more, sentence in [(["--count", 31, "--out", tmp_path / "c"], "lower --count"), (["--shots", 0, "--out", tmp_path / "a"], "choose another"),
-                           (["--out", tmp_path / "d", "--llm", "nowhere"], "language model (--llm) 'nowhere'")]:
+                           (["--out", tmp_path / "d", "--llm", "nowhere"], "cannot load 'nowhere' (--llm)")]:
         assert sentence in say_what_is_wrong([*arguments[1:], *more], main)

@@ -92,8 +92,6 @@ def merge_settings(given: dict, saved: dict, world_size: int) -> TrainConfig:
     starts from, then those given by file and flags. Raises ValueError for settings that cannot be
     together."""
     stage = given.get("stage", 1)
-    if stage == 2 and saved.get("stage") == 1:
-        given = {"caption_end": "token"} | given  # which is learned from now on
     config = TrainConfig(**RECIPE[stage] | saved | {"stage": stage} | given)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("TensorBoard is missing: pip install tensorboard, or leave --tensorboard out")
@@ -253,6 +251,8 @@ def main(argv=None, saves_on_signals: bool = False):
     locked, checkpoint, resumes = open_run(run_dir, config.init_from, config.resume, stage1)
     if checkpoint:
         saved = on_every_rank(lambda: dataclasses.asdict(load_config(checkpoint)))
+        if config.stage == 2 and not resumes:
+            saved["caption_end"] = "token"  # which is learned from now on
         config = on_every_rank(lambda: merge_settings(given, saved, world_size))
 
     # --- data, model, optimizer

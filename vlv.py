@@ -525,9 +525,10 @@ def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: t
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
     llm, report = cls.from_pretrained(None, config=llm_config, state_dict=state, dtype=dtype,
                                       ignore_mismatched_sizes=True, output_loading_info=True)
-    for problem in ("missing", "mismatched"):
-        if report[f"{problem}_keys"]:
-            raise ValueError(f"{prefix}{min(report[f'{problem}_keys'])} is {problem}")
+    for name in sorted(report["missing_keys"]):
+        raise ValueError(f"{prefix}{name} is missing")
+    for name, here, needed in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{prefix}{name} is {tuple(here)}, not {tuple(needed)}")
     return llm, tokenizer
 
 
