@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -416,6 +417,36 @@ def test_noise_depends_on_a_samples_seed_and_not_on_its_batch(tiny, batch):
         together = model(batch["image"], noise=noise([5, 6, 7, 8]))
         alone = torch.stack([model(batch["image"][i : i + 1], noise=noise([5 + i])) for i in range(4)])
     torch.testing.assert_close(together, alone.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_vlv_py_alone_in_an_empty_folder_embeds_captions_redraws_and_saves(tmp_path):
+    shutil.copy(HERE / "vlv.py", tmp_path)
+    program = """
+import sys, torch
+from pathlib import Path
+import vlv
+from vlv import VLV
+assert Path(vlv.__file__).parent == Path.cwd() and not any(name.split(".")[0] == "data" for name in sys.modules)
+parts = {part: str(Path(sys.argv[1]).parent / "models" / name)
+         for part, name in [("diffusion_model", "sd"), ("encoder", "florence"), ("llm", "qwen")]}
+model = VLV.from_pretrained(sys.argv[1], **{name: parts[name] for name in ("diffusion_model", "encoder")})
+images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+with torch.no_grad():
+    c = model.embed(images)
+assert len(model.caption_head.generate(c, max_new_tokens=3)) == 2
+assert [picture.size for picture in model.decoder.reconstruct(c, num_inference_steps=2)] == [(32, 32)] * 2
+model.save_pretrained("saved")
+with torch.no_grad():
+    print(torch.equal(VLV.from_pretrained("saved").embed(images), c))
+"""
+    result = subprocess.run([sys.executable, "-c", program, TOY], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_importing_vlv_says_nothing():
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", "import vlv"], cwd=HERE,
+                            capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------
@@ -986,6 +1017,30 @@ def test_ctrl_c_saves_and_a_second_command_goes_on(tiny, tmp_path, number):
 
 
 # --- data --------------------------------------------------------------------------------------------------
+
+
+def test_each_file_imports_only_from_those_before_it():
+    order = ["settings", "curves", "meter", "loader", "distributed", "run", "results"]
+    for name in ["vlv.py", "train.py", "sample.py", *(f"data/{name}.py" for name in [*order, "caption", "latents"])]:
+        imported = set(re.findall(r"^ *(?:from|import) (data\.\w+|vlv|train|sample)\b", (HERE / name).read_text(), re.M))
+        known = set() if name == "vlv.py" else {"vlv", *(f"data.{module}" for module in order)}
+        if Path(name).stem in order:
+            known = {"vlv", *(f"data.{module}" for module in order[: order.index(Path(name).stem)])}
+        assert imported <= known, name
+    assert f"`{'`, `'.join(order)}`" in (HERE / "README.md").read_text()
+
+
+def test_a_shard_whose_end_is_missing_or_that_has_rubbish_inside_is_named(tiny, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in sorted((tiny / "data").iterdir()):
+            tar.add(path, path.name)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        fifth = tar.getmembers()[10]  # of pairs of a picture and a text
+    whole = (tmp_path / "0.tar").read_bytes()
+    for damaged in (whole[: fifth.offset], whole[: fifth.offset] + bytes(range(256)) * 2 + whole[fifth.offset + 512 :]):
+        (tmp_path / "0.tar").write_bytes(damaged)
+        dataset = ImageTextDataset(tmp_path, 32, with_captions=True)
+        assert len(dataset) == 5 and "its end is missing" in dataset.broken_shards[0]
 
 
 def test_every_epoch_shows_every_sample_once_and_a_step_can_be_fetched_directly():
@@ -1573,7 +1628,8 @@ def test_what_is_no_batch_of_images_is_refused_and_not_captioned(tiny, batch):
     (["--image_size", "30"], "image_size is 30, not a multiple of 8 pixels"),
     (["--encoder_image_size", "1632"], "must be from 32 to 1600"),
     (["--encoder", "no/such"], "download it with: hf download no/such"),
-    (["--device", "cuda"], "no CUDA GPU is here"),
+    (["--device", "cuda"], "cuda is not here for each of 1 processes (0 CUDA GPUs are)"),
+    (["--device", "mps"], "mps is not here"),
     (["--latents"], "compute them with: python data/latents.py"),
     (["--data", "data/laion"], "fill it with: python data/laion/prepare.py"),
 ])

@@ -218,6 +218,18 @@ def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.de
     return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
 
 
+def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log: Log, step: int) -> None:
+    """Logs the loss on the validation images, and the first of them redrawn and captioned."""
+    model.eval()
+    with autocast():
+        val_loss = validation_loss(model, val_dataset, config, device)
+        if rank_and_world_size()[0] == 0 and config.eval_pictures:
+            log.pictures(step, *draw_pictures(model, val_dataset, config, device))
+    model.train()
+    log.scalars(step, val_loss=val_loss)
+    print_once(f"step {step:,}: validation loss {val_loss:.5f}")
+
+
 def describe_run(model: VLV, config: TrainConfig, beginning, dataset, start: int, bf16: bool, device) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
     world_size = rank_and_world_size()[1]
@@ -301,6 +313,9 @@ def main(argv=None, saves_on_signals: bool = False):
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses, skipped, not_finite, not_finite_in_a_row, reason = [], 0, 0, 0, None
+    was_due = resumes and (start % config.eval_interval == 0 or start == config.max_steps)
+    if was_due and val_dataset is not None and not log.has(start, "val_loss"):  # killed after its save
+        evaluate(model, val_dataset, config, device, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
         # --- a step: batches, loss, backward, clip, step
@@ -340,7 +355,7 @@ def main(argv=None, saves_on_signals: bool = False):
         is_last = step == config.max_steps
         if not_finite_in_a_row == BAD_STEPS:
             exit_run(f"error: loss or gradient not finite {BAD_STEPS} steps in a row, up to step {step:,};"
-                     f" the checkpoints in {run_dir} are good: see the data, or lower the learning rate", run_dir)
+                     f" the checkpoints in {run_dir} are good: see the data or the learning rate", run_dir)
         if stop and not is_last:
             causes = " and ".join(sorted({cause for causes in all_gather(received) for cause in causes}))
             reason = f"stopped by {causes} after step {step:,}"
@@ -363,14 +378,7 @@ def main(argv=None, saves_on_signals: bool = False):
             exit_run(f"{reason}, which is {saved}; go on with --resume", run_dir)
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
-                model.eval()
-                with autocast():
-                    val_loss = validation_loss(model, val_dataset, config, device)
-                    if rank == 0 and config.eval_pictures:
-                        log.pictures(step, *draw_pictures(model, val_dataset, config, device))
-                model.train()
-                log.scalars(step, val_loss=val_loss)
-                print_once(f"step {step:,}: validation loss {val_loss:.5f}")
+                evaluate(model, val_dataset, config, device, autocast, log, step)
             log.write("curves.png", lambda path: draw_curves(path, read_log(run_dir / "log.jsonl")))
 
     bar.close()

@@ -200,6 +200,11 @@ class Log:
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether log.jsonl has this value of a step; the same on every rank."""
+        records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
+        return all_gather(any(record["step"] == step and name in record for record in records))[0]
+
     def pictures(self, step: int, sheet, captions: list[str]) -> None:
         self.write(f"step-{step:06d}.png", sheet.save)
         if self.board:
