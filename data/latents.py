@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import all_gather, exit_run, init_process_group, launch, main_rank_first, on_every_rank
-from data.distributed import rank_and_world_size, select_device
+from data.distributed import rank_and_world_size, select_device, start_workers
 from data.loader import NOT_AN_IMAGE, ImageTextDataset, describe_latents
 from data.settings import Count, Pixels, Whole, read_settings
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -97,7 +97,8 @@ def main(argv=None):
     loader = torch.utils.data.DataLoader(Images(dataset), batch_sampler=batches, collate_fn=list,
                                          num_workers=config.num_workers)
     finished, unreadable = [], []
-    for number, items in enumerate(tqdm(loader, desc="latents", unit="batch", disable=rank > 0), 1):
+    bar = tqdm(start_workers(loader), desc="latents", unit="batch", total=len(batches), disable=rank > 0)
+    for number, items in enumerate(bar, 1):
         images = {i: image for i, image, _ in items if image is not None}
         if images:
             values = decoder.encode_image(torch.stack([*images.values()]).to(device)).half().cpu().numpy()
