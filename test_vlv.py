@@ -49,10 +49,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Florence2Model
 import sample
 import train
 import vlv
-from data import curves, latents, settings
+from data import latents, settings
 from data.distributed import quiet
 from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, collate, crop_image, open_image
-from data.run import Checkpointer
+from data.run import COLORS, Checkpointer
 from vlv import VLV, Noise, VLVConfig, checkpoints, draw_noise, find_checkpoint, read_weights
 
 # what nobody here can do anything about: a library's old call of NumPy, and Pillow's word on files that a test has broken
@@ -667,7 +667,7 @@ def test_a_runs_curves_show_what_its_log_says(tiny, tmp_path):
     settings = dict(val_data=tiny / "data", eval_interval=2, eval_pictures=0, max_steps=4, log_interval=1)
     before = np.asarray(Image.open(train_tiny(tiny, tmp_path, **settings) / "curves.png"))
     after = np.asarray(Image.open(train_tiny(tiny, tmp_path, resume=True, **settings | {"max_steps": 8}) / "curves.png"))
-    for color in curves.COLORS.values():  # training and validation
+    for color in COLORS.values():  # training and validation
         count = [(pixels == ImageColor.getrgb(color)).all(-1).sum() for pixels in (before, after)]
         assert min(count) > 100 and (before != after).any()
 
@@ -1020,7 +1020,7 @@ def test_ctrl_c_saves_and_a_second_command_goes_on(tiny, tmp_path, number):
 
 
 def test_each_file_imports_only_from_those_before_it():
-    order = ["settings", "curves", "meter", "loader", "distributed", "run", "results"]
+    order = ["settings", "loader", "distributed", "run", "results"]
     for name in ["vlv.py", "train.py", "sample.py", *(f"data/{name}.py" for name in [*order, "caption", "latents"])]:
         imported = set(re.findall(r"^ *(?:from|import) (data\.\w+|vlv|train|sample)\b", (HERE / name).read_text(), re.M))
         known = set() if name == "vlv.py" else {"vlv", *(f"data.{module}" for module in order)}
@@ -1628,7 +1628,7 @@ def test_what_is_no_batch_of_images_is_refused_and_not_captioned(tiny, batch):
     (["--image_size", "30"], "image_size is 30, not a multiple of 8 pixels"),
     (["--encoder_image_size", "1632"], "must be from 32 to 1600"),
     (["--encoder", "no/such"], "download it with: hf download no/such"),
-    (["--device", "cuda"], "cuda is not here for each of 1 processes (0 CUDA GPUs are)"),
+    (["--device", "cuda"], "cuda is not here for each of 1 processes (CUDA GPUs here: 0)"),
     (["--device", "mps"], "mps is not here"),
     (["--latents"], "compute them with: python data/latents.py"),
     (["--data", "data/laion"], "fill it with: python data/laion/prepare.py"),

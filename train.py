@@ -25,14 +25,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.curves import draw_curves
 from data.distributed import all_gather, all_reduce, check_restart, exit_run, ignore_signals
 from data.distributed import init_process_group, launch, main_rank_first, note_signals, on_every_rank
 from data.distributed import print_once, quiet, rank_and_world_size, received, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, micro_batches, seeds_of
-from data.meter import Meter
 from data.results import panel
-from data.run import Checkpointer, Log, open_run, read_log
+from data.run import Checkpointer, Log, Meter, open_run
 from data.settings import Count, Whole, parse_with_file, write_json
 from vlv import VLV, VLVConfig, draw_noise, load_config
 
@@ -379,7 +377,7 @@ def main(argv=None, saves_on_signals: bool = False):
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
                 evaluate(model, val_dataset, config, device, autocast, log, step)
-            log.write("curves.png", lambda path: draw_curves(path, read_log(run_dir / "log.jsonl")))
+            log.curves()
 
     bar.close()
     if checkpointer.problem:

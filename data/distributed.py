@@ -53,8 +53,8 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
-        raise ValueError(f"{name} is not here for each of {processes} processes ({torch.cuda.device_count()} CUDA"
-                         " GPUs are): start with another --nproc_per_node, or add --device cpu")
+        raise ValueError(f"{name} is not here for each of {processes} processes (CUDA GPUs here:"
+                         f" {torch.cuda.device_count()}): change --nproc_per_node, or add --device cpu")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

@@ -77,21 +77,23 @@ class Results:
         self.lock = lock(folder)  # two calls at a time would each take the other's lines away
         self.folder, self.path = folder, folder / "captions.jsonl"
         self.records = {record["image"]: record for record in read_records(self.path)}
-        self.pictures = {record["picture"] for record in self.records.values() if record["picture"]}
         self.finish()
+
+    @property
+    def pictures(self) -> set[str]:
+        """The names of all pictures that were drawn."""
+        return {record["picture"] for record in self.records.values() if record["picture"]}
 
     def add(self, image: str, caption: str | None, picture: Image.Image | None = None, stem="") -> None:
         """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
         that is another's."""
         name = self.records.pop(image, {"picture": None})["picture"]
-        if picture is None and name:  # it shows another caption
-            self.pictures.discard(name)
-            (self.folder / name).unlink(missing_ok=True)
-            name = None
         if picture is not None:
             name = name or self.free_name(stem)
             write_whole(self.folder / name, lambda file: picture.save(file, "png"))
-            self.pictures.add(name)
+        elif name:  # it shows another caption
+            (self.folder / name).unlink(missing_ok=True)
+            name = None
         self.records[image] = {"image": image, "caption": caption, "picture": name}
         with open(self.path, "a", **TEXT) as file:
             file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
@@ -120,15 +122,10 @@ def figure(record: dict) -> str:
 
 
 PAGE = """<!doctype html><!-- made by vlv -->
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captions</title>
+<html lang="en"><meta charset="utf-8"><title>Captions</title>
 <style>
   body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem }
-  figure { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin: 0; padding: 1rem 0;
-           border-top: 1px solid #ccc; content-visibility: auto; contain-intrinsic-size: auto 17rem }
-  img { max-width: min(100%, 48rem); flex: none; align-self: flex-start }
-  figcaption { flex: 1 1 18rem; overflow-wrap: anywhere }
-  code { color: #777; font-size: .8rem }
+  figure { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0; padding: 1rem 0; border-top: 1px solid #ccc }
+  img { max-width: 100% } figcaption { flex: 1 1 18rem; overflow-wrap: anywhere } code { color: #777 }
 </style>
-<h1>Captions</h1>
 <p>Each row: the image, redrawn from its embedding, redrawn from its caption; and the caption.</p>"""

@@ -1,5 +1,5 @@
 """
-The folder of a training run, OUT_DIR/stage1 or stage2:
+A training run: where it starts, its checkpoints, log and speed. Its folder is OUT_DIR/stage1 or stage2:
 
     step-000100/        a checkpoint, complete or absent; the last two are kept
         config.json, model.safetensors       for VLV.from_pretrained; of 8 processes 8 files
@@ -14,18 +14,23 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
 from data.settings import read_json, write_json, write_whole
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
+
+COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -205,6 +210,9 @@ class Log:
         records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
         return all_gather(any(record["step"] == step and name in record for record in records))[0]
 
+    def curves(self) -> None:
+        self.write("curves.png", lambda path: draw_curves(path, read_log(self.run_dir / "log.jsonl")))
+
     def pictures(self, step: int, sheet, captions: list[str]) -> None:
         self.write(f"step-{step:06d}.png", sheet.save)
         if self.board:
@@ -237,3 +245,88 @@ def cut_log(path: Path, start: int) -> None:
     lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
     if path.exists() and "".join(lines) != path.read_text():
         write_whole(path, lambda file: file.write_text("".join(lines)))
+
+
+def draw_curves(path: Path, records: list[dict]) -> None:
+    """Draws the losses in records, the lines of log.jsonl: of training in blue, of validation in red."""
+    width, height = 1200, 800
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
+    lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in COLORS}
+    points = [point for line in lines.values() for point in line] or [(0, 0.0)]
+    (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
+    left, right, top, bottom = 120, width - 40, 40, height - 60
+    x_scale, y_scale = (right - left) / ((last - first) or 1), (bottom - top) / ((high - low) or 1)
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + part * (right - left), bottom - part * (bottom - top)
+        draw.line([(left, y), (right, y)], "#e4e4e4", 2)
+        draw.text((left - 10, y), f"{low + part * (high - low):.3g}", "black", font, "rm")
+        draw.text((x, bottom + 12), f"{first + part * (last - first):.0f}", "black", font, "ma")
+    for number, (name, line) in enumerate(lines.items()):
+        pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
+        draw.text((right - 10, top + 30 * number), name, COLORS[name], font, "ra")
+        draw.line(pixels, COLORS[name], 4)
+        for x, y in pixels[-1:]:
+            draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLORS[name])
+    write_whole(path, lambda file: image.save(file, "png"))
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Meter:
+    """A run's clock. It times steps alone, not validation, pictures and saves between them.
+
+    flops: of one image, forward and backward. batch_size: images a step, over all processes. total: images of
+    the whole stage."""
+
+    def __init__(self, flops, batch_size: int, total: int, processes: int, device, usd_per_gpu_hour: float):
+        self.flops, self.batch_size, self.total, self.processes = flops, batch_size, total, processes
+        self.device, self.usd_per_gpu_hour = device, usd_per_gpu_hour
+        self.warm_up = 2 if device.type == "cuda" else 1  # steps in which kernels are compiled and chosen
+        self.seconds, self.waited, self.logged = [], [], 0  # of each step; how many the log has
+
+    def start_step(self) -> None:
+        self.began = time.perf_counter()
+        self.waited.append(0.0)
+
+    def next(self, loader) -> dict:
+        """The loader's next batch."""
+        start = time.perf_counter()
+        batch = next(loader)
+        self.waited[-1] += time.perf_counter() - start
+        return batch
+
+    def end_step(self) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+        if self.device.type == "cuda" and len(self.seconds) == self.warm_up:
+            torch.cuda.reset_peak_memory_stats()
+
+    def speed(self, first: int) -> dict[str, float]:
+        """Of the steps from number `first` on."""
+        seconds = sum(self.seconds[first:])
+        return {"images_per_second": len(self.seconds[first:]) * self.batch_size / seconds,
+                "waiting_for_data": sum(self.waited[first:]) / seconds}
+
+    def since_logged(self) -> dict[str, float]:
+        """speed() of the steps since the last call."""
+        first, self.logged = self.logged, len(self.seconds)
+        return self.speed(first)
+
+    def summary(self) -> str:
+        """A sentence about all steps but the warm-up's."""
+        if len(self.seconds) <= self.warm_up:
+            return "too few steps to say how fast they are"
+        rate, waiting = self.speed(self.warm_up).values()
+        each, hours = rate / self.processes, self.total / rate / 3600
+        dollars = hours * self.processes * self.usd_per_gpu_hour
+        return (f"{rate:,.3g} images/s ({each:.3g} a process), {waiting:.0%} of the time waiting for data |"
+                f" {self.flops / 1e12:.3g} TFLOP an image, {each * self.flops / 1e12:.3g} TFLOP/s a process |"
+                f" {peak_memory(self.device):.1f} GB at the peak | the whole stage:"
+                f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'},"
+                f" ${dollars:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour")
