@@ -9,7 +9,8 @@ Captions images and redraws them.
 prints "PATH: CAPTION" a line, and writes into --out for each image STEM.png (original | redrawn from the
 embedding | redrawn from the caption's text), a line {"image": ..., "caption": ..., "picture": "STEM.png"} of
 captions.jsonl, and index.html to look at them. Another call with the same --out adds to these, and replaces
-those of the same images."""
+those of the same images.
+"""
 
 import os
 import sys
@@ -21,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from data.distributed import quiet, select_device, select_dtype
-from data.loader import NOT_AN_IMAGE, crop_image, find_images, open_image
+from data.loader import crop_image, find_images, open_image
 from data.results import Results, panel, report
-from data.settings import Count, Steps, Whole, printable, read_settings
+from data.settings import Count, Steps, NonNegative, printable, read_settings
 from vlv import VLV, find_checkpoint, load_config
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
@@ -33,13 +34,13 @@ TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 class SampleConfig:
     images: tuple[Path, ...]  # image files and folders of them; none: a bundled picture
     mix: tuple[Path, Path] | None = None  # compose two images instead
-    split: Whole | None = None  # so many queries of mix's first image, the rest of the second; None: half
+    split: NonNegative | None = None  # queries from mix's first image, the rest from the second; None: half
     ckpt: str | None = None  # folder, or hub id that was downloaded; None: the newest in out/, else the toy
     out: Path = Path("samples")
     captions_only: bool = False  # no pictures, so neither UNet nor VAE is needed
     num_inference_steps: Steps = 50
     guidance_scale: Annotated[float, 0, 1000] = 2.0
-    seed: Whole = 0  # of the noise that each picture starts from
+    seed: NonNegative = 0  # of the noise that each picture starts from
     num_beams: Annotated[int, 1, 100] = 4
     max_new_tokens: Count = 300  # a caption ends by itself, or here
     batch_size: Count = 8  # images at once
@@ -72,7 +73,8 @@ def choose_checkpoint(args: SampleConfig) -> Path:
 def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[str]]:
     """The image files that are meant, without what this program drew itself; and a sentence for each name
     that stands for none."""
-    drawn, files, problems = {(results.folder / name).resolve() for name in results.pictures}, [], []
+    drawn = {(results.folder / name).resolve() for name in results.pictures}
+    files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
         found = find_images(name) if name.is_dir() else [name]
         found = [path for path in found if path.resolve() not in drawn]
@@ -96,7 +98,7 @@ def read_images(paths: list[Path], size: int) -> tuple[list[Path], list[torch.Te
         try:
             images.append(crop_image(open_image(path, size), size))
             good.append(path)
-        except NOT_AN_IMAGE as error:
+        except OSError as error:
             problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
     return good, images, problems
 

@@ -349,7 +349,7 @@ def test_frozen_parts_do_not_move_by_a_bit_and_every_trained_one_does(tiny, batc
 def test_a_part_that_a_stage_does_not_need_is_not_loaded(tiny):
     def parts(*arguments):
         config = train.merge_settings(settings_of([*flags(tiny_settings(tiny)), *arguments]), {}, 1)
-        return set(train.load_model(config, None, torch.device("cpu"), False).parts())
+        return set(train.load_model(config, None, torch.device("cpu"), torch.float32).parts())
 
     assert {"unet", "vae"} <= parts("--stage", "1") and "llm" not in parts("--stage", "1")
     assert {"unet", "vae", "mlp", "llm"} <= parts("--stage", "2")
@@ -866,8 +866,8 @@ def test_on_a_full_disk_a_real_run_goes_on_without_saves_log_and_pictures(tiny, 
         (run / name).mkdir()  # a way to make a small file unwritable that needs no second disk
     no_large_files = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 4, resource.RLIM_INFINITY))
     said = finish(full := start(real_flags(tiny, tmp_path, stage, **settings), preexec_fn=no_large_files))
-    assert full.returncode != 0 and "Traceback" not in said.split("could not be saved; mend that")[0]
-    for sentence in ("step 4 is not saved", "skipped.txt", "step-000004.png", "log.jsonl", "could not be saved; mend that"):
+    assert full.returncode != 0 and "Traceback" not in said.split("could not be saved; fix that")[0]
+    for sentence in ("step 4 is not saved", "skipped.txt", "step-000004.png", "log.jsonl", "could not be saved; fix that"):
         assert sentence in said, sentence
     assert newest(run) == 2 and "room" in (run / "log.jsonl").read_text()  # nothing of the log is lost
     assert "saving" not in {path.name for path in run.iterdir()}
@@ -907,7 +907,7 @@ def test_a_folder_has_one_owner_and_all_processes_the_same_one(tiny, tmp_path):
     finish(first)
     # each process has a folder of its own, as on two machines without shared storage
     program = tmp_path / "apart.py"
-    program.write_text("import os, train\nos.chdir(os.environ['RANK'])\ntrain.launch(lambda: train.main(saves_on_signals=True), '')\n")
+    program.write_text("import os, train\nos.chdir(os.environ['RANK'])\ntrain.run_and_exit(lambda: train.main(saves_on_signals=True), '')\n")
     for rank in "01":
         train_tiny(tiny, tmp_path / rank / "out", max_steps=2 + 2 * int(rank))
     said = finish(apart := start(tiny_flags(tiny, "out", resume=True, max_steps=8), program=program, cwd=tmp_path))
@@ -933,7 +933,7 @@ def watched(model, *args):
     return loss_of(model, *args)
 
 train.loss_of = watched
-train.launch(lambda: train.main(saves_on_signals=True), "")
+train.run_and_exit(lambda: train.main(saves_on_signals=True), "")
 """)
     flags = partial(tiny_flags, tiny, tmp_path, micro_batch_size=1, resume=True, save_interval=3)
     fresh = finish(start(flags(max_steps=6), program=program))
@@ -1833,7 +1833,7 @@ def count(arguments: list[str], processes: int) -> tuple[float, float]:
     dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, (8, side, side) if config.latents else None)
     device, size, bf16 = torch.device("cpu"), config.micro_batch_size, config.precision != "fp32"
     with torch.device("meta"):
-        model = train.load_model(config, None, torch.device("meta"), bf16)
+        model = train.load_model(config, None, torch.device("meta"), torch.bfloat16 if bf16 else torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16, cache_enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with LiveBytes() as live:

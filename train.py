@@ -5,13 +5,13 @@ Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to r
     torchrun --nproc_per_node=8 train.py --stage 1                     # the paper's run, on one machine
     torchrun --nproc_per_node=8 train.py --stage 2 --resume            # go on where a killed run was
 
-A flag goes before the JSON file of --config, the file before the checkpoint, the checkpoint before the
-paper's recipe. A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two),
-log.jsonl, curves.png and step-000100.png (validation images and what is redrawn of them)."""
+A flag overrides the JSON file of --config, the file overrides the checkpoint's settings, and these override
+the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two),
+log.jsonl, curves.png and step-000100.png (validation images, and what is redrawn of them).
+"""
 
 import dataclasses
 import importlib.util
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.distributed import all_gather, all_reduce, check_restart, exit_run, ignore_signals
-from data.distributed import init_process_group, launch, main_rank_first, note_signals, on_every_rank
-from data.distributed import print_once, quiet, rank_and_world_size, received, select_device, start_workers
+from data.distributed import init_process_group, run_and_exit, main_rank_first, note_signals, on_every_rank
+from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
+from data.distributed import select_dtype, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, micro_batches, seeds_of
 from data.results import panel
 from data.run import Checkpointer, Log, Meter, open_run
-from data.settings import Count, Whole, parse_with_file, write_json
+from data.settings import Count, NonNegative, parse_with_file, write_json
 from vlv import VLV, VLVConfig, draw_noise, load_config
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
@@ -50,13 +51,13 @@ class TrainConfig(VLVConfig):
     resume: bool = False  # continue the newest checkpoint of this run, or start if there is none yet
     accept_changes: bool = False  # resume with other data, batch size or seed than the run was started with
     device: Literal["cuda", "mps", "cpu", "auto"] = "cuda"  # auto: what is there
-    seed: Whole = 0  # decides the order of the data, every noise and every dropout
+    seed: NonNegative = 0  # decides the order of the data, every noise and every dropout
     batch_size: Count | None = None  # images a step, over all processes
     micro_batch_size: Count | None = None  # images a forward pass; None: what 80 GB hold at the paper's size
     max_steps: Count | None = None
     learning_rate: Annotated[float, 0, 1] | None = None
     lr_schedule: Literal["cosine", "linear"] | None = None  # to zero at max_steps
-    warmup_steps: Whole = 0  # the paper has none
+    warmup_steps: NonNegative = 0  # the paper has none
     beta1: Annotated[float, 0, 0.9999] = 0.9
     beta2: Annotated[float, 0, 0.9999] = 0.99
     weight_decay: Annotated[float, 0, 1] = 0.01
@@ -72,8 +73,8 @@ class TrainConfig(VLVConfig):
     eval_interval: Count = 1000  # steps
     save_interval: Count = 1000  # steps
     eval_images: Count = 512  # how many validation images the loss is measured on
-    eval_pictures: Whole = 8  # how many of them are drawn; 0: none
-    benchmark: Whole = 0  # measure so many steps on synthetic images, and write nothing
+    eval_pictures: NonNegative = 8  # how many of them are drawn; 0: none
+    benchmark: NonNegative = 0  # measure so many steps on synthetic images, and write nothing
     tensorboard: bool = False  # write log, pictures and captions for TensorBoard, too
     usd_per_gpu_hour: Annotated[float, 0, 1000] = 2.5  # only for what the run says about its cost
 
@@ -121,22 +122,22 @@ def open_data(config: TrainConfig) -> tuple:
     return dataset, ImageTextDataset(config.val_data, captions=config.val_captions, **common)
 
 
-def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, bf16: bool) -> VLV:
+def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, dtype: torch.dtype) -> VLV:
     """The model in training mode, with what makes it faster or smaller; that changes results by rounding at
     most."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(VLVConfig)}
-    draws = config.denoises or bool(config.val_data and config.eval_pictures)
-    model = VLV.from_pretrained(checkpoint, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
-                                for_training=True, with_unet=draws, **fields)
+    has_unet = config.denoises or bool(config.val_data and config.eval_pictures)
+    model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
+                                **fields)
     parts = model.parts()
-    if config.channels_last and draws:
+    if config.channels_last and has_unet:
         parts["vae"].to(memory_format=torch.channels_last)
         parts["unet"].to(memory_format=torch.channels_last)
     if config.compile:
         compiled = [parts["davit"]["tower"], parts["davit"]["projector"]]
-        for net in compiled + ([parts["vae"].encoder, parts["unet"]] if draws else []):
+        for net in compiled + ([parts["vae"].encoder, parts["unet"]] if has_unet else []):
             net.compile()
-    if "unet" in config.gradient_checkpointing and draws:
+    if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
     if "bart" in config.gradient_checkpointing:
         parts["bart"]["encoder"].activation_checkpointing_enable()
@@ -147,24 +148,25 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
 
 
 def make_optimizer(model: VLV, config: TrainConfig, world_size: int) -> tuple:
-    """(optimizer, the model, wrapped in DDP if there are several processes). What learns stays in float32: at
-    a learning rate of 1e-5 bfloat16 would round most updates away. The memory that this costs, AdamW's two
-    moments, is shared out among the processes (ZeRO's first stage)."""
+    """(optimizer, parameters that learn, the model, in DDP if there are several processes). What learns stays
+    in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. The memory that this costs,
+    AdamW's two moments, is shared out among the processes (ZeRO's first stage)."""
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=True)
     if world_size == 1:
-        return torch.optim.AdamW(params, **adamw), model
+        return torch.optim.AdamW(params, **adamw), params, model
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes nearly as long to import as torch
 
     optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **adamw)
     for p in params:  # gradients live in DDP's buckets from the start: none is ever there twice
         p.grad = torch.zeros((), device=p.device).expand_as(p)
-    return optimizer, DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return optimizer, params, ddp
 
 
 def noise_of(model: VLV, config: TrainConfig):
-    """What draws a batch's noise from its seeds. None if there is no denoising loss."""
+    """A function from seeds to Noise; None if there is no denoising loss."""
     shape, num_timesteps = model.decoder.latent_shape, model.decoder.num_timesteps
     return partial(draw_noise, latent_shape=shape, num_timesteps=num_timesteps) if config.denoises else None
 
@@ -228,14 +230,14 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log
     print_once(f"step {step:,}: validation loss {val_loss:.5f}")
 
 
-def describe_run(model: VLV, config: TrainConfig, beginning, dataset, start: int, bf16: bool, device) -> str:
+def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, precision) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
     world_size = rank_and_world_size()[1]
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
-    lines = [f"starting from {beginning}, with {dataset}",
+    lines = [f"starting from {initialized_from}, with {dataset}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
              f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in"
-             f" {'bf16' if bf16 else 'fp32'} on {device.type}, learning rate {config.learning_rate:g}"
+             f" {precision}, learning rate {config.learning_rate:g}"
              f" ({config.lr_schedule})"]
     for name, part in model.parts().items():
         learns = "trained" if any(p.requires_grad for p in part.parameters()) else "frozen "
@@ -266,15 +268,14 @@ def main(argv=None, saves_on_signals: bool = False):
         config = on_every_rank(lambda: merge_settings(given, saved, world_size))
 
     # --- data, model, optimizer
-    bf16 = config.precision == "bf16"
-    if config.precision == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported()
+    dtype = select_dtype(config.precision, device)
+    bf16 = dtype == torch.bfloat16
     # no cache: a step uses each weight once, and gradient checkpointing could not free what is cached
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     if not config.benchmark:
         dataset, val_dataset = main_rank_first(lambda: open_data(config))  # who comes first builds the index
     torch.manual_seed(config.seed)  # the same new weights on every process
-    model = on_every_rank(lambda: load_model(config, checkpoint, device, bf16))
+    model = on_every_rank(lambda: load_model(config, checkpoint, device, dtype))
     total = config.max_steps * config.batch_size
     if config.benchmark:
         moments = config.latents and config.denoises
@@ -286,17 +287,18 @@ def main(argv=None, saves_on_signals: bool = False):
     meter = Meter(flops, config.batch_size, total, world_size, device, config.usd_per_gpu_hour)
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
-    optimizer, ddp = make_optimizer(model, config, world_size)
-    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, params, ddp = make_optimizer(model, config, world_size)
     started_with = dict(max_steps=config.max_steps, batch_size=config.batch_size, seed=config.seed,
                         samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
-    checkpointer, start = Checkpointer(run_dir, model, optimizer, started_with), 0
+    checkpointer = Checkpointer(run_dir, model, optimizer, started_with)
+    start = 0
     if resumes:
         start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes))
 
     # --- log and loader
-    beginning = checkpoint or ("random weights" if config.random_init else "the pretrained models")
-    print_once(describe_run(model, config, beginning, dataset, start, bf16, device))
+    initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")
+    precision = f"{'bf16' if bf16 else 'fp32'} on {device.type}"
+    print_once(describe_run(model, config, initialized_from, dataset, start, precision))
     log = Log(run_dir, start, config.tensorboard)
     log.write("settings.json", lambda path: write_json(path, dataclasses.asdict(config)))
     log.skipped(dataset.broken_shards if rank == 0 else [])
@@ -310,7 +312,9 @@ def main(argv=None, saves_on_signals: bool = False):
         collate_fn=partial(collate, draw_noise=noise_of(model, config)), worker_init_fn=ignore_signals))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
-    losses, skipped, not_finite, not_finite_in_a_row, reason = [], 0, 0, 0, None
+    losses = []  # of the steps since the last line of the log
+    skipped = not_finite = not_finite_in_a_row = 0
+    reason = None  # why the run ends before its last step
     was_due = resumes and (start % config.eval_interval == 0 or start == config.max_steps)
     if was_due and val_dataset is not None and not log.has(start, "val_loss"):  # killed after its save
         evaluate(model, val_dataset, config, device, autocast, log, start)
@@ -327,7 +331,7 @@ def main(argv=None, saves_on_signals: bool = False):
             log.skipped(batch["skipped"])
             skipped += len(batch["skipped"])
             unreadable = unreadable or batch["unreadable"]
-            if world_size > 1:  # gradients are exchanged once a step; DDP asks in the forward pass, too
+            if world_size > 1:  # gradients are exchanged once a step; DDP reads this in the forward pass
                 ddp.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             torch.manual_seed(batch["seed"])  # dropout
             with autocast():
@@ -336,7 +340,7 @@ def main(argv=None, saves_on_signals: bool = False):
             step_losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         is_finite = torch.stack([grad_norm, *step_losses]).isfinite().all()
-        flags = [~is_finite, bool(received), bool(unreadable)]  # what every process has to do alike
+        flags = [~is_finite, bool(exit_reasons), bool(unreadable)]  # all must decide alike
         bad, stop, failed = all_reduce(flags, device, dist.ReduceOp.MAX)
         if failed:
             exit_run("error: " + "; ".join(sorted({s for s in all_gather(unreadable) if s})), run_dir)
@@ -355,18 +359,20 @@ def main(argv=None, saves_on_signals: bool = False):
             exit_run(f"error: loss or gradient not finite {BAD_STEPS} steps in a row, up to step {step:,};"
                      f" the checkpoints in {run_dir} are good: look at data and learning rate", run_dir)
         if stop and not is_last:
-            causes = " and ".join(sorted({cause for causes in all_gather(received) for cause in causes}))
+            causes = " and ".join(sorted({cause for causes in all_gather(exit_reasons) for cause in causes}))
             reason = f"stopped by {causes} after step {step:,}"
         if step % config.log_interval == 0 or is_last:
-            total, count, all_skipped = all_reduce([sum(losses), len(losses), skipped], device)
-            loss, losses, seen = total / count if count else math.nan, [], (step - start) * config.batch_size
+            loss_sum, count, all_skipped = all_reduce([sum(losses), len(losses), skipped], device)
+            mean_loss = loss_sum / count if count else math.nan
+            losses = []
             speed = meter.since_logged()
-            bar.set_postfix(loss=f"{loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
-            log.scalars(step, loss=loss, lr=lr, grad_norm=grad_norm.item(), **speed, skipped=int(all_skipped),
-                        non_finite_steps=int(not_finite))
+            bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
+            log.scalars(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), **speed,
+                        skipped=int(all_skipped), non_finite_steps=int(not_finite))
+            seen = (step - start) * config.batch_size
             if all_skipped > 10 + 0.01 * seen:
                 reason = (f"error: {all_skipped:,.0f} of {seen:,} samples could not be read: see"
-                          f" {run_dir}/skipped.txt and mend the data; stopped after step {step:,}")
+                          f" {run_dir}/skipped.txt and fix the data; stopped after step {step:,}")
         if step - start == 2 * config.log_interval or is_last:
             print_once(meter.summary())
         if step % config.save_interval == 0 or is_last or reason:
@@ -381,7 +387,7 @@ def main(argv=None, saves_on_signals: bool = False):
 
     bar.close()
     if checkpointer.problem:
-        exit_run("error: the run is done, but could not be saved; mend that and add --resume", run_dir)
+        exit_run("error: the run is done, but could not be saved; fix that and add --resume", run_dir)
     print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}")
     if world_size > 1:
         dist.barrier()
@@ -390,4 +396,4 @@ def main(argv=None, saves_on_signals: bool = False):
 
 
 if __name__ == "__main__":
-    launch(partial(main, saves_on_signals=True), "stopped before there was anything to save")
+    run_and_exit(partial(main, saves_on_signals=True), "stopped before there was anything to save")

@@ -1,6 +1,6 @@
 """
 The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): the whole model, in the order in which an
-image flows through it. It needs torch, transformers, diffusers and safetensors, and no other file.
+image flows through it. Beside its libraries it needs no other file.
 
     image ─ Florence-2 ─ 77 queries ─ z ─ projection ─ ẑ ─ CLIP ─ c ─┬─ UNet ─ ε̂      stage 1: ‖ε̂ − ε‖²
             DaViT frozen, learned         trained        frozen      │  frozen
@@ -195,10 +195,10 @@ class DiffusionDecoder(nn.Module):
         self.text_encoder, self.vae, self.unet = pipeline.text_encoder, pipeline.vae, pipeline.unet
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
         self.num_timesteps = self.noise_schedule.config.num_train_timesteps
-        self.predicts = self.noise_schedule.config.prediction_type
+        self.prediction_type = self.noise_schedule.config.prediction_type
         positions = self.text_encoder.config.max_position_embeddings
-        if self.predicts not in ("epsilon", "v_prediction"):
-            raise ValueError(f"{config.diffusion_model} predicts {self.predicts}, not epsilon or v")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"{config.diffusion_model} predicts {self.prediction_type}, not epsilon or v")
         if config.num_queries > positions:
             raise ValueError(f"num_queries is {config.num_queries}, but CLIP has {positions} positions")
         if self.vae is not None:
@@ -228,7 +228,7 @@ class DiffusionDecoder(nn.Module):
 
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: see draw_noise; None: from torch's
         generator. moments: encode_image(images), if it was computed ahead. Returns a float32 scalar.
-       """
+        """
         if noise is None:
             noise = draw_noise([None] * len(images), self.latent_shape, self.num_timesteps)
         noise = Noise(*(x.to(images.device, non_blocking=True) for x in noise))
@@ -237,7 +237,7 @@ class DiffusionDecoder(nn.Module):
         latents = (posterior.mean + posterior.std * noise.posterior) * self.vae.config.scaling_factor
         noisy = self.noise_schedule.add_noise(latents, noise.epsilon, noise.timesteps)
         target = noise.epsilon
-        if self.predicts == "v_prediction":
+        if self.prediction_type == "v_prediction":
             target = self.noise_schedule.get_velocity(latents, noise.epsilon, noise.timesteps)
         with without_autocast(images):
             c = prompt_embeds.to(self.unet.dtype)
@@ -250,7 +250,7 @@ class DiffusionDecoder(nn.Module):
 
         seed: of the noise that each image starts from; or a list of B seeds. `self.pipeline.scheduler` is the
         sampler, and can be set to another. Raises ValueError for an empty batch.
-       """
+        """
         prompt = [prompt] if isinstance(prompt, str) else prompt
         check_batch(prompt)
         if self.unet is None:
@@ -358,7 +358,7 @@ class VLV(nn.Module):
         """The loss of this stage, a scalar. It is `forward`, so that DDP can wrap the model as it is.
 
         images: (B, 3, S, S) uint8. captions: B texts, needed in stage 2. noise, moments: see denoising_loss.
-       """
+        """
         if self.config.stage == 2 and captions is None:
             raise ValueError("stage 2 learns from captions: call forward(images, captions)")
         prompt_embeds = self.embed(images)
@@ -380,9 +380,9 @@ class VLV(nn.Module):
         checkpoint holds. with_unet: load UNet and VAE, which draw; captioning needs neither. overrides:
         fields of VLVConfig to change, such as stage=2 to go on from stage 1. Raises OSError for what cannot
         be found or read, ValueError for what does not fit."""
-        how = dict(dtype=dtype, device=device, with_unet=with_unet, for_training=for_training)
+        options = dict(dtype=dtype, device=device, with_unet=with_unet, for_training=for_training)
         if checkpoint is None:
-            return cls.from_weights(VLVConfig(**overrides), {}, **how)[0]
+            return cls.from_weights(VLVConfig(**overrides), {}, **options)[0]
         folder = find_checkpoint(checkpoint)
         saved, weights = load_config(folder), read_weights(folder)
         config = dataclasses.replace(saved, **overrides)
@@ -392,7 +392,7 @@ class VLV(nn.Module):
         if llm_folder and config.llm != saved.llm and config.stage == 2:
             raise ValueError(f"{folder} brings its own LLM, {saved.llm}: leave --llm {config.llm} out")
         try:
-            model, unused = cls.from_weights(config, weights, saved.learned, llm_folder, **how)
+            model, unused = cls.from_weights(config, weights, saved.learned, llm_folder, **options)
         except ValueError as error:
             raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
         if unused and config.stage == saved.stage:
@@ -402,9 +402,12 @@ class VLV(nn.Module):
     @classmethod
     def from_weights(cls, config: VLVConfig, weights: dict, required=(), llm_folder: Path | None = None, *,
                      dtype=torch.float32, device=None, with_unet=True, for_training=False) -> tuple:
-        """Loads the pretrained models, and puts `weights` (name -> what reads a tensor by [...]) in the place
-        of theirs. required: the parts that must be complete in them. llm_folder: has their LLM's
-        configuration and tokenizer. Returns (the model, the names in `weights` that belong to no part)."""
+        """Loads the pretrained models, and replaces their weights by those in `weights`.
+
+        weights: name -> tensor, or what reads one by [...]. required: parts that must be complete in them.
+        llm_folder: configuration and tokenizer of their LLM. The others: see from_pretrained. Returns (the
+        model, names in `weights` that the model does not have). Raises ValueError for what does not fit.
+        """
         learned_dtype, random = torch.float32 if for_training else dtype, config.random_init
         decoder = DiffusionDecoder(config, load_pipeline(config.diffusion_model, random, dtype, with_unet))
         embed_dim = decoder.text_encoder.config.hidden_size
@@ -425,8 +428,8 @@ class VLV(nn.Module):
         state = {n: w[...].to(learned_dtype) for n, w in weights.items() if not n.startswith(PREFIXES["llm"])}
         try:
             missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
-        except RuntimeError as error:  # a wrong shape
-            raise ValueError(" ".join(str(error).split())) from error
+        except RuntimeError as error:  # shapes that differ, each on a line of its own
+            raise ValueError(str(error).split("\n")[1].strip()) from error
         for name in missing:
             if name.startswith(tuple(PREFIXES[part] for part in required if part != "llm")):
                 raise ValueError(f"{name} is missing")
@@ -491,10 +494,10 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
         config = (CLIPTextConfig if cls is CLIPTextModel else AutoConfig).from_pretrained(place, **kwargs)
         return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
     except Exception as error:  # each library has errors of its own
-        mend = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
+        hint = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"cannot load {name!r} (--{setting}): it is no folder with such a model, and was not"
-                      f" downloaded; {mend} ({type(error).__name__}: {reason})") from error
+                      f" downloaded; {hint} ({type(error).__name__}: {reason})") from error
 
 
 def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):
@@ -530,7 +533,7 @@ def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: t
 
 
 def open_weights(file: Path):
-    """Not mapped into memory: a run removes its old checkpoints."""
+    """Opens it without mapping it into memory, as a run may remove the file while it is open."""
     try:
         return safe_open(file, "pt", backend="pread")
     except (OSError, SafetensorError) as error:
@@ -583,8 +586,8 @@ def write_about(folder: Path, model: VLV) -> None:
 
 
 def load_config(folder: Path) -> VLVConfig:
-    """A checkpoint's configuration. Raises ValueError if the weights were saved with another: with a changed
-    image_size captions would be bad without a word. Only the models' names may change."""
+    """A checkpoint's configuration. Raises ValueError if it was edited after saving: with another image_size,
+    captions would be wrong, and no error would say so. Only the names of the models may change."""
     file = folder / "config.json"
     try:
         config = VLVConfig(**json.loads(file.read_text(encoding="utf-8")))

@@ -11,7 +11,8 @@ takes tar files and folders of them. For each there is one file in --out, comple
 
 A killed call goes on by the same command. Each process captions shards of its own, in batches that are always
 the same images: so the captions are the same, however often the work is stopped. To caption a shard anew,
-remove its file."""
+remove its file.
+"""
 
 import fcntl
 import io
@@ -29,11 +30,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import ignore_signals, init_process_group, launch, on_every_rank, quiet
-from data.distributed import rank_and_world_size, received, select_device, select_dtype, start_workers
-from data.loader import NOT_AN_IMAGE, crop_image, open_image, read_shard
+from data.distributed import ignore_signals, init_process_group, run_and_exit, on_every_rank, quiet
+from data.distributed import rank_and_world_size, exit_reasons, select_device, select_dtype, start_workers
+from data.loader import crop_image, open_image, read_shard
 from data.results import TEXT, report, write_lines
-from data.run import fingerprint
+from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
 from vlv import VLV, find_checkpoint, load_config
 
@@ -101,7 +102,7 @@ def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
     return list(found.values())
 
 
-class Images(torch.utils.data.Dataset):
+class ShardImages(torch.utils.data.Dataset):
     """Index -> {"image": "00000.tar/KEY", and "pixels": (3, size, size) uint8 array, or "problem": why there
     are none}. Arrays go through a pipe; tensors would lie in shared memory, where a kill leaves them."""
 
@@ -115,7 +116,7 @@ class Images(torch.utils.data.Dataset):
                 file.seek(self.spans[i, 0])
                 data = io.BytesIO(file.read(self.spans[i, 1]))
             return {"image": name, "pixels": crop_image(open_image(data, self.size), self.size).numpy()}
-        except NOT_AN_IMAGE as error:
+        except OSError as error:
             reason = " ".join(str(error).split())
             return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
 
@@ -129,8 +130,9 @@ def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
     others = [shard.final for shard in shards if shard.final.exists() and not note.exists()]
     if others:
         raise ValueError(f"{others[0]} was not written by this program: choose another --out")
-    settings = dict(checkpoint=fingerprint(checkpoint), num_beams=args.num_beams, precision=args.precision,
-                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    names = ("num_beams", "precision", "max_new_tokens", "batch_size")
+    settings = {name: getattr(args, name) for name in names}
+    settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
     same_as_before(note, settings, "choose another --out")
     return checkpoint, shards
 
@@ -144,7 +146,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
     loader = start_workers(torch.utils.data.DataLoader(
-        Images(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
+        ShardImages(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
         num_workers=min(args.num_workers, len(batches)), worker_init_fn=ignore_signals))
     for _ in batches:
         start = time.perf_counter()
@@ -181,11 +183,13 @@ def main(argv=None) -> int:
     try:
         for shard in mine:
             for images, seconds in caption_shard(args, model, device, shard):
-                count, waited, elapsed = count + images, waited + seconds, time.perf_counter() - start
+                count += images
+                waited += seconds
+                elapsed = time.perf_counter() - start
                 per_dollar = count / elapsed * 3600 / args.usd_per_gpu_hour
                 rate, waiting = count / elapsed * world_size, waited / elapsed
                 bar.set_postfix_str(f"{rate:,.1f}/s, {per_dollar:,.0f} per dollar, {waiting:.0%} waiting")
-                if received:
+                if exit_reasons:
                     sys.exit("stopped by the end of torchrun; the same command goes on")
             bar.update()
         if world_size > 1:
@@ -205,4 +209,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    launch(main, "stopped; the same command goes on")
+    run_and_exit(main, "stopped; the same command goes on")

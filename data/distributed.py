@@ -1,6 +1,4 @@
-"""
-The processes that torchrun started: their devices, agreement, signals and end. One process is a run, too.
-"""
+"""The processes that torchrun started: their devices, agreement, signals and end."""
 
 import os
 import signal
@@ -23,7 +21,7 @@ from tqdm import tqdm
 PARENT = os.getppid()  # torchrun, if it started this process
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks a run to save and exit
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-received = []  # why this process was asked to exit
+exit_reasons = []  # why this process was asked to exit
 
 
 def quiet() -> None:
@@ -63,14 +61,15 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def select_dtype(precision: str, device: torch.device, checkpoint: Path) -> torch.dtype:
-    """The dtype of a model that only runs. precision: fp32, bf16, fp16 or auto."""
+def select_dtype(precision: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
+    """precision: fp32, bf16, fp16 or auto: bf16 on GPUs that have it and, for a large checkpoint, on CPUs."""
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    is_large = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")) > 500e6
-    bf16 = is_large  # on CPUs large models are faster in bf16
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        files = checkpoint.glob("model*.safetensors") if checkpoint else []
+        bf16 = sum(file.stat().st_size for file in files) > 500e6
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -89,16 +88,16 @@ def follow_torchrun() -> None:
     """Nobody else ends this process when torchrun is gone: it saves and exits, or dies waiting for others."""
     while os.getppid() == PARENT:
         time.sleep(1)
-    received.append("the end of torchrun")
+    exit_reasons.append("the end of torchrun")
     time.sleep(120)
     os._exit(1)
 
 
 def note_signals() -> None:
-    """From now on a signal is noted in `received`, and the run exits after its step."""
+    """From now on a signal is noted in `exit_reasons`, and the run exits after its step."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, lambda number, frame: received.append("a signal"))
+            signal.signal(number, lambda number, frame: exit_reasons.append("a signal"))
 
 
 def ignore_signals(worker: int) -> None:
@@ -156,7 +155,7 @@ def main_rank_first(task):
 
 def exit_run(sentence: str, run_dir: Path | None = None) -> None:
     """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, which
-    torchrun's restarts find: they cannot mend it."""
+    torchrun's restarts find: they cannot hint it."""
     rank = int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0))
     if rank > 0 and not dist.is_initialized():
         time.sleep(60)  # torchrun ends this process once the first one has spoken
@@ -174,7 +173,7 @@ def check_restart(run_dir: Path | None) -> None:
         (run_dir / "stopped.txt").unlink(missing_ok=True)
 
 
-def launch(main, interrupted: str) -> None:
+def run_and_exit(main, interrupted: str) -> None:
     """Runs a program and ends this process at once. Python's own way waits for processes that were killed; so
     does destroy_process_group, now and then, in torch 2.13."""
     try:

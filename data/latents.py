@@ -7,7 +7,8 @@ Computes the moments of every image's latents ahead, so that training reads them
 writes latents.npy, (images, 8, S / 8, S / 8) half precision, beside the data: 37 kB an image of 384 pixels.
 Mean and log-variance are kept, not a sample: each visit draws anew from the posterior, as it does without
 this. A killed run goes on where it was by the same command, which also tries again what could not be read.
-Until it can, such an image has no latents, and training skips and names it."""
+Until it can, such an image has no latents, and training skips and names it.
+"""
 
 import json
 import os
@@ -21,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import all_gather, exit_run, init_process_group, launch, main_rank_first, on_every_rank
-from data.distributed import rank_and_world_size, select_device, start_workers
-from data.loader import NOT_AN_IMAGE, ImageTextDataset, describe_latents
-from data.settings import Count, Pixels, Whole, read_settings
+from data.distributed import all_gather, exit_run, init_process_group, main_rank_first, on_every_rank
+from data.distributed import rank_and_world_size, run_and_exit, select_device, start_workers
+from data.loader import ImageTextDataset, describe_latents
+from data.settings import Count, Pixels, NonNegative, read_settings
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
 
 TO_DO, DONE, UNREADABLE = 0, 1, 2  # of an image, in latents.done.npy
@@ -36,10 +37,10 @@ class LatentsConfig:
     diffusion_model: str = VLVConfig.diffusion_model
     image_size: Pixels = VLVConfig.image_size
     batch_size: Count = 64
-    num_workers: Whole = 4
+    num_workers: NonNegative = 4
 
 
-class Images(torch.utils.data.Dataset):
+class IndexedImages(torch.utils.data.Dataset):
     """Index -> (index, image or None, why it cannot be read or None)."""
 
     def __init__(self, dataset: ImageTextDataset):
@@ -48,7 +49,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return i, self.dataset.read(i)["image"], None
-        except NOT_AN_IMAGE as error:
+        except OSError as error:
             return i, None, " ".join(str(error).split())
 
 
@@ -94,7 +95,7 @@ def main(argv=None):
     to_do = np.flatnonzero(done != DONE)  # in order: neighbours lie beside each other on the disk
     batches = [to_do[first : first + config.batch_size] for first in range(0, len(to_do), config.batch_size)]
     batches = batches[rank::world_size]
-    loader = torch.utils.data.DataLoader(Images(dataset), batch_sampler=batches, collate_fn=list,
+    loader = torch.utils.data.DataLoader(IndexedImages(dataset), batch_sampler=batches, collate_fn=list,
                                          num_workers=config.num_workers)
     finished, unreadable = [], []
     bar = tqdm(start_workers(loader), desc="latents", unit="batch", total=len(batches), disable=rank > 0)
@@ -122,4 +123,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main, "stopped; the same command goes on")
+    run_and_exit(main, "stopped; the same command goes on")

@@ -1,6 +1,8 @@
-""" Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes them) or plain folders
+"""
+Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes them) or plain folders
 (NAME.png with NAME.txt), by random access: the batch of any training step can be read directly, so a run
-resumes at once."""
+resumes at once.
+"""
 
 import hashlib
 import io
@@ -20,7 +22,6 @@ from tqdm import tqdm
 from data.settings import printable
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-NOT_AN_IMAGE = (OSError, ValueError, Image.DecompressionBombError)  # what open_image and crop_image raise
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -47,7 +48,7 @@ def open_image(file, size: int | None = None) -> Image.Image:
     frame.
 
     file: path or binary file. size: the side in pixels that is needed; lets JPEG decode large originals
-    smaller. Raises what NOT_AN_IMAGE lists."""
+    smaller. Raises OSError."""
     try:
         with Image.open(file) as image:
             if 0 in image.size:
@@ -62,14 +63,10 @@ def open_image(file, size: int | None = None) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise OSError(error.strerror) from error
-    except Image.DecompressionBombError:
-        raise
     except UnidentifiedImageError as error:  # its own text names an object in memory
         raise OSError("broken image: its format is unknown") from error
     except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
-        raise OSError(f"broken image: {error}") from error
+        raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
 
 
 def crop_image(image: Image.Image, size: int) -> torch.Tensor:
@@ -115,8 +112,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
             lacks = "no image has a NAME.txt beside it"
         if not len(self):
             recipe = self.folder / "prepare.py"
-            mend = f"; fill it with: python {recipe}" if recipe.exists() else ""
-            raise ValueError(f"data folder {folder} holds neither images nor tar shards{mend}")
+            hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
+            raise ValueError(f"data folder {folder} holds neither images nor tar shards{hint}")
         if with_captions and not has_texts:
             raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {lacks}")
         self.moments = open_latents(self, latents_of) if latents_of else None
@@ -136,7 +133,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         for attempt in range(min(len(self), 1000)):
             try:
                 return self.read((i + attempt) % len(self)) | item
-            except NOT_AN_IMAGE as error:
+            except OSError as error:
                 item["skipped"].append(" ".join(str(error).split()))
         count, last = len(item["skipped"]), item["skipped"][-1]
         item["unreadable"] = f"{count} samples in a row cannot be read in {self.folder}; the last: {last}"
@@ -146,7 +143,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> dict:
         """Sample i: {"image": (3, size, size) uint8, "caption": text or None, "moments": (2C, h, w) half or
-        None}. Raises what NOT_AN_IMAGE lists, with the sample's name."""
+        None}. Raises OSError, with the sample's name."""
         if self.shards:
             name, source, text = self.read_member(*(int(v) for v in self.index[i]))
         else:
@@ -154,25 +151,25 @@ class ImageTextDataset(torch.utils.data.Dataset):
             if self.with_captions and source.with_suffix(".txt").exists():
                 text = source.with_suffix(".txt").read_text(errors="replace")
         if self.with_captions and not text.strip():
-            raise ValueError(f"{name}: no caption")
+            raise OSError(f"{name}: no caption")
         try:
             image = crop_image(open_image(source, self.size), self.size)
-        except NOT_AN_IMAGE as error:
+        except OSError as error:
             raise OSError(f"{name}: {error}") from error
         moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[i]))
         if moments is not None and not moments.isfinite().all():
-            raise ValueError(f"{name}: it has no latents: data/latents.py could not read it; run that again")
+            raise OSError(f"{name}: it has no latents: data/latents.py could not read it; run that again")
         return {"image": image, "caption": text.strip() or None, "moments": moments}
 
-    def read_member(self, shard: int, image_at: int, image_size: int, text_at: int, text_size: int) -> tuple:
+    def read_member(self, shard: int, image_offset: int, image_size: int, text_offset: int, text_size: int):
         """(name, image file, text) of a sample in a shard."""
         with open(self.shards[shard], "rb") as file:
-            header = os.pread(file.fileno(), 100, image_at - 512)  # begins with the member's name
-            image = io.BytesIO(os.pread(file.fileno(), image_size, image_at))
-            text = os.pread(file.fileno(), text_size, text_at).decode(errors="replace")
+            header = os.pread(file.fileno(), 100, image_offset - 512)  # begins with the member's name
+            image = io.BytesIO(os.pread(file.fileno(), image_size, image_offset))
+            text = os.pread(file.fileno(), text_size, text_offset).decode(errors="replace")
         if self.captions:
             with open(self.captions[shard], "rb") as file:
-                text = json.loads(os.pread(file.fileno(), text_size, text_at)).get("caption") or ""
+                text = json.loads(os.pread(file.fileno(), text_size, text_offset)).get("caption") or ""
         member = header.split(bytes(1))[0].decode(errors="replace")
         return printable(f"{self.shards[shard]}:{member}"), image, text
 
@@ -186,7 +183,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
         with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
             saved = json.loads(stamp_file.read_text())
-            if saved["shards"] == stamp and fingerprint_of(array_file, stamp) == saved["fingerprint"]:
+            if saved["shards"] == stamp and index_fingerprint(array_file, stamp) == saved["fingerprint"]:
                 array = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
                 return array, saved["broken"], saved["fingerprint"]
         broken, count = [], len(self.shards)
@@ -204,7 +201,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 reason = "".join(f": {problem}" for problem in broken[:1])
                 raise ValueError(f"{self.folder} has {count} tar shards, but no images {where}{reason}")
             os.replace(unfinished, array_file)
-            fingerprint = fingerprint_of(array_file, stamp)
+            fingerprint = index_fingerprint(array_file, stamp)
             unfinished.write_text(json.dumps({"shards": stamp, "broken": broken, "fingerprint": fingerprint}))
             os.replace(unfinished, stamp_file)
         except OSError as error:
@@ -278,7 +275,7 @@ def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, s
     return np.concatenate([spans[kept, :2], texts], 1), problem
 
 
-def fingerprint_of(array_file: Path, stamp: list) -> str:
+def index_fingerprint(array_file: Path, stamp: list) -> str:
     """A hash of the shards' names and sizes, and of every sample's place in them."""
     with open(array_file, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
@@ -290,7 +287,7 @@ def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
     """data/latents.py's (n, 2C, h, w) half, memory-mapped; NaN for what could not be read then. Raises
     ValueError if they are of other images, or not finished."""
     folder = dataset.folder
-    mend = f"python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
+    hint = f"python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
     try:
         moments, done = [np.load(folder / f"latents{kind}.npy", mmap_mode="r") for kind in ("", ".done")]
         if json.loads((folder / "latents.json").read_text()) != describe_latents(dataset, model):
@@ -298,7 +295,7 @@ def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
         if not len(moments) == len(done) == len(dataset) or (done == 0).any():
             raise ValueError("they are not finished")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no latents ({error}); compute them with: {mend}") from error
+        raise ValueError(f"{folder} has no latents ({error}); compute them with: {hint}") from error
     return moments
 
 

@@ -1,6 +1,4 @@
-"""
-What sample.py writes into --out: pictures, captions.jsonl, and index.html to look at them.
-"""
+"""What sample.py writes into --out: pictures, captions.jsonl, and index.html to look at them."""
 
 import html
 import json
@@ -14,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data.run import lock
-from data.settings import printable, write_whole
+from data.settings import printable, write_atomically
 
 # "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
 TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -42,7 +40,7 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
 
 def write_lines(path: Path, lines: list[str]) -> None:
     """The file, whole, with these lines."""
-    write_whole(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
+    write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -90,7 +88,7 @@ class Results:
         name = self.records.pop(image, {"picture": None})["picture"]
         if picture is not None:
             name = name or self.free_name(stem)
-            write_whole(self.folder / name, lambda file: picture.save(file, "png"))
+            write_atomically(self.folder / name, lambda file: picture.save(file, "png"))
         elif name:  # it shows another caption
             (self.folder / name).unlink(missing_ok=True)
             name = None

@@ -27,13 +27,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
-from data.settings import read_json, write_json, write_whole
+from data.settings import read_json, write_json, write_atomically
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
 COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
 
 
-def fingerprint(checkpoint: Path) -> str:
+def checkpoint_fingerprint(checkpoint: Path) -> str:
     """Tells checkpoints apart: a hash of config.json, and of the ends of the weights' files."""
     digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
     for path in sorted(checkpoint.glob("model*.safetensors")):
@@ -50,7 +50,7 @@ def lock(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(f"{folder} belongs to another run, {file.read()}: wait, or choose another") from None
@@ -72,7 +72,12 @@ def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | 
     if is_writer:
         shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
     checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
-    owner = on_every_rank(lambda: (run_dir / ".lock").read_text() if run_dir else "")
+    owner = ""
+    if is_writer:
+        locked.seek(0)
+        owner = locked.read()  # opening the file again, and closing it, would give the lock up
+    elif run_dir and (run_dir / ".lock").exists():
+        owner = (run_dir / ".lock").read_text()
     seen = set(all_gather((str(checkpoint), owner)))
     if len(seen) > 1:
         exit_run(f"error: {run_dir} must be on storage that all machines see, but here they see {seen}")
@@ -103,7 +108,7 @@ class Checkpointer:
     that it holds. So nothing is gathered, and any number of processes can go on from it.
 
     started_with: what a run must not change, by name. problem: why the last save failed, or None.
-   """
+    """
 
     def __init__(self, run_dir: Path | None, model, optimizer: torch.optim.Optimizer, started_with: dict):
         self.run_dir, self.model, self.started_with, self.problem = run_dir, model, started_with, None
@@ -137,12 +142,9 @@ class Checkpointer:
         start, folder = time.perf_counter(), self.run_dir / "saving"
         rank, world_size = rank_and_world_size()
         part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
-        weights, mine, sizes = self.model.learned_state(), {}, [0] * world_size
-        for name in sorted(weights, key=lambda name: -weights[name].numel()):
-            writer = sizes.index(min(sizes))  # who has the least to write so far
-            sizes[writer] += weights[name].numel()
-            if writer == rank:
-                mine[name] = weights[name]
+        weights = self.model.learned_state()
+        by_size = sorted(weights, key=lambda name: -weights[name].numel())
+        mine = {name: weights[name] for name in by_size[rank::world_size]}
         state = {f"{self.names[p]}.{kind}": value
                  for p, values in self.optimizer.state.items() for kind, value in values.items()}
         problem = None
@@ -233,7 +235,7 @@ def append(path: Path, line: str) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl, without half ones, written as the disk was full."""
+    """The lines of log.jsonl, without incomplete ones, which a full disk leaves."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -244,7 +246,7 @@ def read_log(path: Path) -> list[dict]:
 def cut_log(path: Path, start: int) -> None:
     lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
     if path.exists() and "".join(lines) != path.read_text():
-        write_whole(path, lambda file: file.write_text("".join(lines)))
+        write_atomically(path, lambda file: file.write_text("".join(lines)))
 
 
 def draw_curves(path: Path, records: list[dict]) -> None:
@@ -255,7 +257,7 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in COLORS}
     points = [point for line in lines.values() for point in line] or [(0, 0.0)]
     (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
-    left, right, top, bottom = 120, width - 40, 40, height - 60
+    left, right, top, bottom = 120, width - 40, 80, height - 60
     x_scale, y_scale = (right - left) / ((last - first) or 1), (bottom - top) / ((high - low) or 1)
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = left + part * (right - left), bottom - part * (bottom - top)
@@ -264,11 +266,11 @@ def draw_curves(path: Path, records: list[dict]) -> None:
         draw.text((x, bottom + 12), f"{first + part * (last - first):.0f}", "black", font, "ma")
     for number, (name, line) in enumerate(lines.items()):
         pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
-        draw.text((right - 10, top + 30 * number), name, COLORS[name], font, "ra")
+        draw.text((left + 150 * number, 24), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
         for x, y in pixels[-1:]:
             draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLORS[name])
-    write_whole(path, lambda file: image.save(file, "png"))
+    write_atomically(path, lambda file: image.save(file, "png"))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,6 +1,8 @@
-""" The settings of every command are the fields of a dataclass, and become its flags, as SampleConfig in
+"""
+The settings of every command are the fields of a dataclass, and become its flags, as SampleConfig in
 sample.py. A number's type says its range: Annotated[int, from, to]. A field without a default is given by
-position."""
+position.
+"""
 
 import argparse
 import difflib
@@ -13,7 +15,7 @@ from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
 Count = Annotated[int, 1, 10**9]
-Whole = Annotated[int, 0, 2**62]
+NonNegative = Annotated[int, 0, 2**62]
 Pixels = Annotated[int, 1, 16384]
 Steps = Annotated[int, 1, 1000]  # of denoising
 
@@ -123,7 +125,7 @@ def read_json(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def write_whole(path: Path, write) -> None:
+def write_atomically(path: Path, write) -> None:
     """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -134,10 +136,10 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(values, indent=2, default=str) + "\n"))
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2, default=str) + "\n"))
 
 
-def same_as_before(file: Path, settings: dict, mend: str) -> None:
+def same_as_before(file: Path, settings: dict, hint: str) -> None:
     """Writes down what a folder is made with. Raises ValueError if that was something else before."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def same_as_before(file: Path, settings: dict, mend: str) -> None:
     for name, now in settings.items():
         if before.get(name) != now:
             was = f"{file.parent} was made with {name} {before.get(name)!r}"
-            raise ValueError(f"{was}, and now it is {now!r}; {mend}")
+            raise ValueError(f"{was}, and now it is {now!r}; {hint}")
 
 
 def printable(text) -> str:

@@ -36,12 +36,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
-from data.distributed import all_gather, init_process_group, launch, on_every_rank, quiet, rank_and_world_size
-from data.distributed import select_device, select_dtype
+from data.distributed import all_gather, init_process_group, on_every_rank, quiet, rank_and_world_size
+from data.distributed import run_and_exit, select_device, select_dtype
 from data.loader import IMAGE_ENDINGS, crop_image, open_image, seeds_of
 from data.results import panel
-from data.run import fingerprint
-from data.settings import Count, Pixels, Steps, Whole, read_settings, same_as_before, write_json, write_whole
+from data.run import checkpoint_fingerprint
+from data.settings import Count, NonNegative, Pixels, Steps, read_settings, same_as_before, write_atomically
+from data.settings import write_json
 from vlv import VLV, find_checkpoint, load, load_config
 
 SHOWN = 8  # images of the sheet
@@ -59,7 +60,7 @@ class EvaluateConfig:
     num_inference_steps: Steps = 50
     image_size: Pixels = 384  # the side of the originals
     batch_size: Count = 16
-    seed: Whole = 0
+    seed: NonNegative = 0
     out: Path = Path("results")
 
 
@@ -217,7 +218,8 @@ def check(args: EvaluateConfig) -> tuple[list[Path], dict | None, dict]:
     if size != args.image_size:
         raise ValueError(f"image_size is {args.image_size}, but the checkpoint's is {size}: add --image_size")
     digest = hashlib.sha256(json.dumps(captions, sort_keys=True).encode()).hexdigest()[:16]
-    settings = dict(ckpt=fingerprint(checkpoint) if checkpoint else None, captions=digest, images=len(people))
+    ckpt = checkpoint_fingerprint(checkpoint) if checkpoint else None
+    settings = dict(ckpt=ckpt, captions=digest, images=len(people))
     names = ("draw_with", "clip", "num_inference_steps", "image_size", "seed")
     settings |= {name: getattr(args, name) for name in names}
     same_as_before(args.out / "settings.json", settings, "choose another --out")
@@ -255,7 +257,7 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
     columns = [read_parts(args, row, shards[:1], "pictures") for row in rows]
     keys = [key for key, _, _ in read_shard(shards[0], images=False)][:SHOWN]
     sheet = panel([list(pictures) for pictures in zip(*columns)], [shown[key] for key in keys])
-    write_whole(args.out / "sheet.png", lambda path: sheet.save(path, "png"))
+    write_atomically(args.out / "sheet.png", lambda path: sheet.save(path, "png"))
     names = ", ".join(" ".join(str(part) for part in row if part) for row in rows)
     print(f"results.json and sheet.png are in {args.out}; its columns: {names}")
 
@@ -281,7 +283,7 @@ def main(argv=None) -> None:
             part = measure(networks, shards[number], number, row, captions)
             path = part_path(args, row, shards[number])
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: save_file(part, file))
+            write_atomically(path, lambda file: save_file(part, file))
 
     on_every_rank(do_my_share)
     if rank == 0:
@@ -289,4 +291,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "stopped; the same command goes on")
+    run_and_exit(main, "stopped; the same command goes on")

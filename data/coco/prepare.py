@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.settings import Count, Whole, read_settings, same_as_before
+from data.settings import Count, NonNegative, read_settings, same_as_before
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PrepareConfig:
     annotations: Path  # zip file with captions_val2014.json
     out: Path = HERE / "shards"
     count: Count = 30_000  # images
-    seed: Whole = 0  # chooses them
+    seed: NonNegative = 0  # chooses them
     shard_size: Count = 250  # images: the piece of work that evaluate.py gives to a process
 
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
-from data.distributed import all_gather, exit_run, init_process_group, launch, on_every_rank, quiet
-from data.distributed import rank_and_world_size, select_device
+from data.distributed import all_gather, exit_run, init_process_group, on_every_rank, quiet
+from data.distributed import rank_and_world_size, run_and_exit, select_device
 from data.results import TEXT
-from data.settings import Count, Whole, read_settings, same_as_before, write_json
+from data.settings import Count, NonNegative, read_settings, same_as_before, write_json
 from vlv import load
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -41,9 +41,9 @@ class QuestionsConfig:
     answers: Path  # and of annotations
     captions: Path = Path("captions")  # JSON lines of image and caption, or a folder of such files
     llm: str = "Qwen/Qwen2.5-7B-Instruct"  # any causal LM
-    shots: Whole = 0  # solved examples before each question, of other images
+    shots: NonNegative = 0  # solved examples before each question, of other images
     count: Count = 5_000  # questions
-    seed: Whole = 0  # chooses them
+    seed: NonNegative = 0  # chooses them
     batch_size: Count = 32
     out: Path = Path("answers")
 
@@ -158,4 +158,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "stopped; the same command goes on")
+    run_and_exit(main, "stopped; the same command goes on")

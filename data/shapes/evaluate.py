@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.distributed import quiet
 from data.results import panel
-from data.settings import Count, Steps, Whole, read_settings
+from data.settings import Count, Steps, NonNegative, read_settings
 from vlv import VLV, draw_noise
 
 ATTRIBUTES = ("size", "color", "shape", "place")
@@ -167,8 +167,8 @@ def summarize(judged: list[dict]) -> dict:
     mean = lambda name: float(np.mean([j[name] for j in judged]))
     found_mean = lambda name: float(np.mean([v for j in judged for v in j[name]] or [np.nan]))
     shares = dict(zip(("found",) + ATTRIBUTES, shares))
-    return dict(psnr=mean("psnr"), **shares, offset=found_mean("offsets"), size_error=found_mean("size_errors"),
-                perfect=mean("perfect"))
+    return dict(psnr=mean("psnr"), **shares, offset=found_mean("offsets"),
+                size_error=found_mean("size_errors"), perfect=mean("perfect"))
 
 
 def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
@@ -189,13 +189,13 @@ ROWS = ("original", "VAE alone", "embedding", "generated caption", "true caption
 class EvaluateConfig:
     ckpt: str = str(HERE / "vlv")
     images: Annotated[int, 1, SPLITS["val"]] = SPLITS["val"]  # others were not kept from training
-    seed_of_scenes: Whole = 0  # 0: the validation scenes; a fifth of others' captions were trained on
+    seed_of_scenes: NonNegative = 0  # 0: the validation scenes; a fifth of others' captions were trained on
     rows: tuple[Literal[ROWS], ...] = ROWS
     num_inference_steps: Steps = 25
     guidance_scale: Annotated[float, 0, 1000] = 2.0
     num_beams: Annotated[int, 1, 100] = 4
     batch_size: Count = 50
-    seed: Whole = 0
+    seed: NonNegative = 0
     picture: Path | None = None  # write originals, redrawn from embedding and from caption, there
     json: Path | None = None  # write the figures there, too
 

@@ -22,7 +22,6 @@ standard error of a bootstrap.
 
 import importlib.util
 import io
-import json
 import os
 import subprocess
 import sys
@@ -47,8 +46,8 @@ sys.path.insert(0, str(REPOSITORY))
 from data import latents
 from data.distributed import quiet
 from data.results import panel
-from data.run import fingerprint
-from data.settings import read_json, read_settings, write_json, write_whole
+from data.run import checkpoint_fingerprint
+from data.settings import read_json, read_settings, write_json, write_atomically
 from vlv import VLV, VLVConfig, find_checkpoint
 
 CONFIG = HERE / "config.json"
@@ -575,7 +574,7 @@ def main(argv=None) -> None:
     results = read_json(file) if file.exists() else {}
     subject = Subject(args.ckpt, args.scenes)
     trained_with = dict(steps=STEPS, seeds=list(SEEDS), scenes=SCENES)
-    looked_at_with = dict(checkpoint=fingerprint(subject.folder), scenes=subject.count)
+    looked_at_with = dict(checkpoint=checkpoint_fingerprint(subject.folder), scenes=subject.count)
     made_with = {name: trained_with if name in TRAINED else looked_at_with for name in chosen}
     left = [name for name in chosen if results.get(name, {}).get("made_with") != made_with[name]]
     if not FIGURES.keys().isdisjoint(left) and importlib.util.find_spec("matplotlib") is None:
@@ -594,7 +593,7 @@ def main(argv=None) -> None:
         if name in FIGURES:
             pictures[f"{name}.png"] = draw_figure(name, rows)
         for picture, image in pictures.items():
-            write_whole(args.out / picture, lambda path: image.save(path, "png"))
+            write_atomically(args.out / picture, lambda path: image.save(path, "png"))
         results[name] = {"made_with": made_with[name], "rows": rows}
         write_json(file, {key: results[key] for key in MINUTES if key in results})
     for name in chosen:

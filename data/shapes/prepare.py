@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.settings import Count, Whole, read_json, read_settings, write_json
+from data.settings import Count, NonNegative, read_json, read_settings, write_json
 
 RESOLUTION = 32  # pixels; small enough to train on a laptop
 COLORS = {
@@ -137,7 +137,7 @@ def write_shard(path: Path, items) -> None:
 class PrepareConfig:
     out: Path = HERE  # for train/ and val/
     train: Count = SPLITS["train"]  # scenes
-    seed: Whole = 0
+    seed: NonNegative = 0
     shard_size: Count = 10_000  # scenes a tar
 
 

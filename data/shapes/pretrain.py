@@ -34,7 +34,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.settings import Count, Whole, read_settings
+from data.settings import Count, NonNegative, read_settings
 
 CONTEXT = 40  # CLIP positions: the longest text has 37 tokens
 
@@ -252,7 +252,7 @@ class PretrainConfig:
     qwen_steps: Count = 800
     region_steps: Count = 4000
     florence_steps: Count = 2000
-    seed: Whole = 1
+    seed: NonNegative = 1
 
 
 def main(argv=None):
