@@ -2260,6 +2260,7 @@ def test_a_probe_finds_what_is_linear_and_errors_are_a_bootstraps(experiments):
 
 
 def test_experiments_on_a_checkpoint_are_written_whole_and_not_done_twice(experiments, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
     command = ["mixing", "--scenes", "8", "--out", str(tmp_path)]
     experiments.main(command)
     result = json.loads((tmp_path / "experiments.json").read_text())["mixing"]["rows"]
