@@ -141,6 +141,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     """Captions what is left of a shard. Yields after each batch: how many images, seconds waited for them."""
     file, done = shard.start(args.batch_size)
     if shard.final.exists():  # the process that held the file has finished it
+        shard.part.unlink(missing_ok=True)
         return
     keys, spans, problem = read_shard(shard.path)
     size = args.batch_size
