@@ -237,9 +237,10 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, str | None]:
     without a text); and what is wrong with the shard, or None."""
     samples, problem = {}, None
     try:
+        end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile() and member.offset_data + member.size > path.stat().st_size:
+                if member.isfile() and member.offset_data + member.size > end:
                     raise tarfile.ReadError("it ends in the middle of a file")
                 key, ending = os.path.splitext(member.name)
                 at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
