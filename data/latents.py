@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import all_gather, exit_run, init_process_group, main_rank_first, on_every_rank
-from data.distributed import rank_and_world_size, run_and_exit, select_device, start_workers
+from data.distributed import quiet, rank_and_world_size, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents
 from data.settings import Count, Pixels, NonNegative, read_settings
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -78,6 +78,7 @@ def make_files(folder: Path, made_of: dict, shape: tuple) -> None:
 @torch.inference_mode()
 def main(argv=None):
     config = read_settings(LatentsConfig, argv, __doc__)
+    quiet()
     rank, world_size = rank_and_world_size()
     device = select_device("auto")
     if world_size > 1:
