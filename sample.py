@@ -154,7 +154,8 @@ def main(argv=None) -> int:
     except OSError as error:
         sys.exit(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept")
     written = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
-    print(f"{written} in {args.out}/", file=sys.stderr)
+    if len(files) > len(problems):
+        print(f"{written} in {args.out}/", file=sys.stderr)
     return report(problems)
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import all_gather, all_reduce, check_restart, exit_run, ignore_signals
-from data.distributed import init_process_group, run_and_exit, main_rank_first, note_signals, on_every_rank
+from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group, init_worker
+from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
 from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
 from data.distributed import select_dtype, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, micro_batches, seeds_of
@@ -294,6 +294,8 @@ def main(argv=None, saves_on_signals: bool = False):
     start = 0
     if resumes:
         start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes))
+        if start > config.max_steps:
+            exit_run(f"error: {run_dir} is at step {start:,}, which is past max_steps {config.max_steps:,}")
 
     # --- log and loader
     initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")
@@ -309,7 +311,7 @@ def main(argv=None, saves_on_signals: bool = False):
                             range(start, config.max_steps), rank, world_size)
     loader = start_workers(DataLoader(
         dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
-        collate_fn=partial(collate, draw_noise=noise_of(model, config)), worker_init_fn=ignore_signals))
+        collate_fn=partial(collate, draw_noise=noise_of(model, config)), worker_init_fn=init_worker))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses = []  # of the steps since the last line of the log

@@ -450,7 +450,9 @@ class VLV(nn.Module):
         """Writes config.json, model.safetensors (the learned parts), llm/ and a model card. A crash at any
         moment leaves the old folder or the new one, whole. Raises OSError if it cannot be written or holds
         other files, ValueError for weights that are not finite."""
-        folder, ours = Path(folder), {"config.json", "model.safetensors", "llm", "README.md"}
+        folder, ours = Path(folder).resolve(), {"config.json", "model.safetensors", "llm", "README.md"}
+        if folder.is_file():
+            raise OSError(f"{folder} is a file: choose a new folder")
         others = {path.name for path in folder.glob("*")} - ours
         if others:
             raise OSError(f"{folder} holds something else ({min(others)}): choose a new folder")
@@ -494,10 +496,11 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
         config = (CLIPTextConfig if cls is CLIPTextModel else AutoConfig).from_pretrained(place, **kwargs)
         return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
     except Exception as error:  # each library has errors of its own
-        hint = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"cannot load {name!r} (--{setting}): it is no folder with such a model, and was not"
-                      f" downloaded; {hint} ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
+        if not isinstance(place, Path):
+            hint = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
+            reason = f"it is no folder with such a model, and was not downloaded; {hint} ({reason})"
+        raise OSError(f"cannot load {str(place)!r} (--{setting}): {reason}") from error
 
 
 def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import ignore_signals, init_process_group, run_and_exit, on_every_rank, quiet
+from data.distributed import init_process_group, init_worker, on_every_rank, quiet, run_and_exit
 from data.distributed import rank_and_world_size, exit_reasons, select_device, select_dtype, start_workers
 from data.loader import crop_image, open_image, read_shard
 from data.results import TEXT, report, write_lines
@@ -66,7 +66,11 @@ class Shard:
         self.part.parent.mkdir(parents=True, exist_ok=True)
         file = open(self.part, "a+b")
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tqdm.write(f"waiting for the process that still captions {self.path}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         lines = file.readlines()
         count = sum(line.endswith(b"\n") for line in lines) // batch_size * batch_size
@@ -148,7 +152,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
     loader = start_workers(torch.utils.data.DataLoader(
         ShardImages(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
-        num_workers=min(args.num_workers, len(batches)), worker_init_fn=ignore_signals))
+        num_workers=min(args.num_workers, len(batches)), worker_init_fn=init_worker))
     for _ in batches:
         start = time.perf_counter()
         items = next(loader)

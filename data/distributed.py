@@ -100,10 +100,19 @@ def note_signals() -> None:
             signal.signal(number, lambda number, frame: exit_reasons.append("a signal"))
 
 
-def ignore_signals(worker: int) -> None:
-    """For a data loader's workers. Signals reach them, too, but the step that is under way needs them."""
+def init_worker(worker: int) -> None:
+    """For a data loader's workers. Signals reach them, too, but the step that is under way needs them; so
+    they end with the process that started them, also where they wait for a pipe that nobody reads any
+    more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def start_workers(loader: torch.utils.data.DataLoader):
@@ -170,7 +179,8 @@ def check_restart(run_dir: Path | None) -> None:
     if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
         sys.exit(1)
     if run_dir and rank_and_world_size()[0] == 0:
-        (run_dir / "stopped.txt").unlink(missing_ok=True)
+        with suppress(OSError):
+            (run_dir / "stopped.txt").unlink()
 
 
 def run_and_exit(main, interrupted: str) -> None:

@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import all_gather, exit_run, init_process_group, main_rank_first, on_every_rank
-from data.distributed import quiet, rank_and_world_size, run_and_exit, select_device, start_workers
+from data.distributed import all_gather, exit_run, init_process_group, init_worker, main_rank_first
+from data.distributed import on_every_rank, quiet, rank_and_world_size, run_and_exit, select_device
+from data.distributed import start_workers
 from data.loader import ImageTextDataset, describe_latents
 from data.settings import Count, Pixels, NonNegative, read_settings
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -97,7 +98,7 @@ def main(argv=None):
     batches = [to_do[first : first + config.batch_size] for first in range(0, len(to_do), config.batch_size)]
     batches = batches[rank::world_size]
     loader = torch.utils.data.DataLoader(IndexedImages(dataset), batch_sampler=batches, collate_fn=list,
-                                         num_workers=config.num_workers)
+                                         num_workers=config.num_workers, worker_init_fn=init_worker)
     finished, unreadable = [], []
     bar = tqdm(start_workers(loader), desc="latents", unit="batch", total=len(batches), disable=rank > 0)
     for number, items in enumerate(bar, 1):

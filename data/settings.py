@@ -81,8 +81,8 @@ def parse(cls, argv, doc: str, **more: str) -> dict:
 def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{name} cannot be an object")
+        if isinstance(value, dict) or name == "help":
+            raise ValueError(f"{name} cannot be {value!r}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
@@ -127,7 +127,7 @@ def read_json(path: str | Path) -> dict:
 
 def write_atomically(path: Path, write) -> None:
     """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{os.getpid()}.unfinished")
     try:
         write(unfinished)
         os.replace(unfinished, path)
