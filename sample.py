@@ -122,6 +122,7 @@ def main(argv=None) -> int:
     print(f"checkpoint {checkpoint}, stage {stage}, {dtype} on {device.type}{toy}", file=sys.stderr)
     draw = [args.num_inference_steps, args.guidance_scale, args.seed]
     size = 2 if args.mix else args.batch_size
+    written = 0
     try:
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
             paths, images, unreadable = read_images(files[at : at + size], model.config.image_size)
@@ -145,6 +146,7 @@ def main(argv=None) -> int:
             for (name, stem), caption, row, *drawn in zip(names, captions, rows, *columns):
                 picture = panel([row + drawn], [caption or ""]) if drawn else None
                 results.add(name, caption, picture, stem)
+                written += 1
                 said = " ".join((caption or "(no caption: stage 1)").split())
                 tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
         results.finish()
@@ -153,9 +155,9 @@ def main(argv=None) -> int:
         return 1
     except OSError as error:
         sys.exit(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept")
-    written = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
-    if len(files) > len(problems):
-        print(f"{written} in {args.out}/", file=sys.stderr)
+    if written:
+        what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
+        print(f"{what} in {args.out}/", file=sys.stderr)
     return report(problems)
 
 

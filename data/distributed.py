@@ -81,15 +81,15 @@ def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) ->
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     dist.barrier()
-    threading.Thread(target=follow_torchrun, daemon=True).start()
+    threading.Thread(target=follow_parent, args=(PARENT, 120), daemon=True).start()
 
 
-def follow_torchrun() -> None:
-    """Nobody else ends this process when torchrun is gone: it saves and exits, or dies waiting for others."""
-    while os.getppid() == PARENT:
+def follow_parent(parent: int, seconds: float) -> None:
+    """Nobody else ends this process when its parent is gone: it saves and exits in so many seconds, or dies."""
+    while os.getppid() == parent:
         time.sleep(1)
     exit_reasons.append("the end of torchrun")
-    time.sleep(120)
+    time.sleep(seconds)
     os._exit(1)
 
 
@@ -106,13 +106,7 @@ def init_worker(worker: int) -> None:
     more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=follow_parent, args=(os.getppid(), 0), daemon=True).start()
 
 
 def start_workers(loader: torch.utils.data.DataLoader):
