@@ -85,7 +85,7 @@ def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) ->
 
 
 def follow_parent(parent: int, seconds: float) -> None:
-    """Nobody else ends this process when its parent is gone: it saves and exits in so many seconds, or dies."""
+    """Ends this process after its parent: within so many seconds, in which a run saves and exits."""
     while os.getppid() == parent:
         time.sleep(1)
     exit_reasons.append("the end of torchrun")
