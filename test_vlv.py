@@ -1430,6 +1430,19 @@ def test_workers_whose_pictures_nobody_reads_any_more_end_with_their_process(cap
     assert len((tmp_path / "out" / "0.jsonl").read_text().splitlines()) == 300
 
 
+def test_a_program_that_ends_while_its_loader_still_works_ends():
+    """As a notebook does, or a test: Python's own end sends SIGTERM to the workers, which they ignore, and waits."""
+    program = """
+import torch
+from data.distributed import init_worker, start_workers
+from data.loader import SyntheticDataset, collate
+kept = start_workers(torch.utils.data.DataLoader(SyntheticDataset(32, 3), num_workers=2, worker_init_fn=init_worker, collate_fn=collate))
+print(len(next(kept)["caption"]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=120, capture_output=True, text=True)
+    assert result.stdout == "1\n" and not result.stderr and result.returncode == 0
+
+
 def test_a_process_that_outlives_its_run_is_waited_for_and_its_batches_are_kept(caption, tmp_path):
     shard = caption.Shard(tmp_path / "00000.tar", "00000", tmp_path)
     outliving, _ = shard.start(batch_size=4)

@@ -1,5 +1,6 @@
 """The processes that torchrun started: their devices, agreement, signals and end."""
 
+import atexit
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -114,7 +116,11 @@ def start_workers(loader: torch.utils.data.DataLoader):
     go of a tensor waits for ever for a lock of Python's (CPython 3.11)."""
     if dist.is_initialized():
         time.sleep(0.5)
-    return iter(loader)
+    batches = iter(loader)
+    if loader.num_workers:  # Python's end would send SIGTERM, which they ignore, and wait for ever
+        end = weakref.WeakMethod(batches._shutdown_workers)
+        atexit.register(lambda: end() and end()())
+    return batches
 
 
 def all_gather(value) -> list:
