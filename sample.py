@@ -22,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 from data.distributed import quiet, select_device, select_dtype
-from data.loader import crop_image, find_images, open_image
+from data.loader import is_image, walk
 from data.results import Results, panel, report
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, find_checkpoint, load_config
+from vlv import VLV, find_checkpoint, load_config, to_pixels
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
+COMPANIONS = (".txt", ".json", ".jsonl", ".html")  # beside images, no others are missed
 
 
 @dataclass
@@ -76,27 +77,32 @@ def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[s
     drawn = {(results.folder / name).resolve() for name in results.pictures}
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
-        found = find_images(name) if name.is_dir() else [name]
-        found = [path for path in found if path.resolve() not in drawn]
-        if name.suffix == ".tar" or (name.is_dir() and not found and any(name.rglob("*.tar"))):
-            problems.append(f"{name}: for tar shards there is python data/caption.py {name} --out captions")
+        there, out_of_reach = walk(name) if name.is_dir() else ([name], [])
+        found = [path for path in there if path.resolve() not in drawn and (path == name or is_image(path))]
+        shards = [path for path in there if path.suffix == ".tar"]
+        problems += out_of_reach
+        if shards:
+            problems.append(f"{shards[0]}: for shards there is python data/caption.py {name} --out captions")
         elif not name.exists():
             problems.append(f"{name}: there is no such file")
         elif not found:
             problems.append(f"{name}: the folder holds no images")
-        else:
-            files += found
+        files += [path for path in found if path.exists() and path not in shards]
+        others = [path for path in there if path.suffix not in COMPANIONS and path not in {*found, *shards}]
+        others = [path for path in others if path.resolve() not in drawn]
+        if others:
+            tqdm.write(f"{len(others)} files are no images, such as {printable(others[0])}", file=sys.stderr)
     if args.mix and (problems or any(map(os.path.isdir, args.mix))):
         raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
     return files, problems
 
 
-def read_images(paths: list[Path], size: int) -> tuple[list[Path], list[torch.Tensor], list[str]]:
+def read_images(paths: list[Path], size: int, resize: str) -> tuple[list, list[torch.Tensor], list[str]]:
     """(paths, (3, size, size) uint8 images) of those that can be read, and a sentence for each other."""
     good, images, problems = [], [], []
     for path in paths:
         try:
-            images.append(crop_image(open_image(path, size), size))
+            images.append(to_pixels(path, size, resize))
             good.append(path)
         except OSError as error:
             problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
@@ -117,7 +123,8 @@ def main(argv=None) -> int:
         model = VLV.from_pretrained(checkpoint, with_unet=not args.captions_only, dtype=dtype, device=device)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    toy = "; the bundled toy knows nothing but small coloured shapes" if checkpoint == TOY else ""
+    is_toy = checkpoint.resolve() == TOY.resolve()
+    toy = "; the bundled toy knows nothing but small coloured shapes" if is_toy else ""
     stage = model.config.stage
     print(f"checkpoint {checkpoint}, stage {stage}, {dtype} on {device.type}{toy}", file=sys.stderr)
     draw = [args.num_inference_steps, args.guidance_scale, args.seed]
@@ -125,7 +132,8 @@ def main(argv=None) -> int:
     written = 0
     try:
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
-            paths, images, unreadable = read_images(files[at : at + size], model.config.image_size)
+            config = model.config
+            paths, images, unreadable = read_images(files[at : at + size], config.image_size, config.resize)
             problems += unreadable
             if not images or (args.mix and len(images) < 2):
                 continue
@@ -154,7 +162,7 @@ def main(argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        sys.exit(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept")
+        sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
     if written:
         what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
         print(f"{what} in {args.out}/", file=sys.stderr)

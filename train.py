@@ -29,13 +29,14 @@ from data.distributed import all_gather, all_reduce, check_restart, exit_run, in
 from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
 from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
 from data.distributed import select_dtype, start_workers
-from data.loader import ImageTextDataset, SyntheticDataset, collate, micro_batches, seeds_of
+from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared, micro_batches, seeds_of
 from data.results import panel
-from data.run import Checkpointer, Log, Meter, open_run
+from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
 from vlv import VLV, VLVConfig, draw_noise, load_config
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
+ONLY_NOW = ("resume", "accept_changes", "benchmark")  # no settings of a run: settings.json is for --config
 
 
 @dataclass
@@ -115,11 +116,16 @@ def open_data(config: TrainConfig) -> tuple:
     """(data set for training, data set for validation or None). Raises ValueError if there is nothing to
     read."""
     latents_of = config.diffusion_model if config.latents and config.denoises else None
-    common = dict(size=config.image_size, with_captions=config.stage == 2, latents_of=latents_of)
+    common = dict(size=config.image_size, resize=config.resize, with_captions=config.stage == 2)
+    common["latents_of"] = latents_of
     dataset = ImageTextDataset(config.data, captions=config.captions, **common)
     if not config.val_data:
         return dataset, None
-    return dataset, ImageTextDataset(config.val_data, captions=config.val_captions, **common)
+    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, **common)
+    shared = find_shared(dataset, val_dataset)
+    if shared:
+        raise ValueError(f"training and validation share samples: {shared[0]} and {shared[1]}: take one away")
+    return dataset, val_dataset
 
 
 def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, dtype: torch.dtype) -> VLV:
@@ -266,6 +272,8 @@ def main(argv=None, saves_on_signals: bool = False):
         if config.stage == 2 and not resumes:
             saved["caption_end"] = "token"  # which is learned from now on
         config = on_every_rank(lambda: merge_settings(given, saved, world_size))
+        if saved["stage"] > config.stage:
+            print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
     # --- data, model, optimizer
     dtype = select_dtype(config.precision, device)
@@ -281,15 +289,15 @@ def main(argv=None, saves_on_signals: bool = False):
         moments = config.latents and config.denoises
         shape = (2 * model.decoder.latent_shape[0], *model.decoder.latent_shape[1:]) if moments else None
         dataset, val_dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, shape), None
-        total = RECIPE[config.stage]["max_steps"] * RECIPE[config.stage]["batch_size"]
     with autocast():
         flops = count_flops(model, dataset[0], device)
     meter = Meter(flops, config.batch_size, total, world_size, device, config.usd_per_gpu_hour)
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
     optimizer, params, ddp = make_optimizer(model, config, world_size)
-    started_with = dict(max_steps=config.max_steps, batch_size=config.batch_size, seed=config.seed,
-                        samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
+    names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size")
+    started_with = {name: getattr(config, name) for name in names}
+    started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
     checkpointer = Checkpointer(run_dir, model, optimizer, started_with)
     start = 0
     if resumes:
@@ -302,8 +310,11 @@ def main(argv=None, saves_on_signals: bool = False):
     precision = f"{'bf16' if bf16 else 'fp32'} on {device.type}"
     print_once(describe_run(model, config, initialized_from, dataset, start, precision))
     log = Log(run_dir, start, config.tensorboard)
-    log.write("settings.json", lambda path: write_json(path, dataclasses.asdict(config)))
-    log.skipped(dataset.broken_shards if rank == 0 else [])
+    if start < config.max_steps:
+        settings = dataclasses.asdict(config) | {"micro_batch_size": given.get("micro_batch_size")}
+        settings = {name: settings[name] for name in settings if name not in ONLY_NOW}
+        log.write("settings.json", lambda path: write_json(path, settings))
+    log.skipped(dataset.problems if rank == 0 else [])
     if saves_on_signals:  # from here on there is something to save
         note_signals()
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
@@ -311,7 +322,8 @@ def main(argv=None, saves_on_signals: bool = False):
                             range(start, config.max_steps), rank, world_size)
     loader = start_workers(DataLoader(
         dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
-        collate_fn=partial(collate, draw_noise=noise_of(model, config)), worker_init_fn=init_worker))
+        timeout=PATIENCE if config.num_workers else 0, worker_init_fn=init_worker,
+        collate_fn=partial(collate, draw_noise=noise_of(model, config))))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses = []  # of the steps since the last line of the log

@@ -15,22 +15,28 @@ Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model
 """
 
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForCausalLM
@@ -44,10 +50,18 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 transformers.logging.set_verbosity(verbosity)
 
+with suppress(ImportError):  # iPhones' pictures
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")  # bytes 4 to 12 of such files
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # profiles and comments may be large
+
 HERE = Path(__file__).parent
 ENCODER_PARTS = ("bart", "queries", "projection")
 CAPTION_PARTS = ("mlp", "llm")
-PREFIXES = {part: f"encoder.{part}." for part in ENCODER_PARTS}  # of the names of the weights
+PREFIXES = {part: f"encoder.{part}." for part in ("davit",) + ENCODER_PARTS}  # of the names of the weights
+PREFIXES |= {part: f"decoder.{part}." for part in ("text_encoder", "vae", "unet")}
 PREFIXES |= {part: f"caption_head.{part}." for part in CAPTION_PARTS}
 Count = Annotated[int, 1, 10**9]  # from, to
 Pixels = Annotated[int, 1, 16384]
@@ -63,6 +77,9 @@ class VLVConfig:
     llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
     num_queries: Count = 77  # the bottleneck; CLIP has 77 positions. The paper's ablation uses 16
     image_size: Pixels = 384  # of the image that is encoded, and of its reconstruction
+    # How a picture becomes a square: cropped, then resized by this filter; or (the authors' weights) resized
+    # by PIL's bilinear filter, then cropped.
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
     encoder_image_size: Pixels = 768  # what Florence-2 gets; 384 is four times cheaper in DaViT
     prompt: str = "Describe with a paragraph what is shown in the image."  # for <MORE_DETAILED_CAPTION>
     max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
@@ -98,7 +115,7 @@ class VLVConfig:
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The parts that differ from the pretrained models after this stage. A checkpoint holds them."""
+        """The parts that a checkpoint of this stage must hold."""
         caption_parts = CAPTION_PARTS if "llm" in self.stage2_trains else ("mlp",)
         return ENCODER_PARTS + (caption_parts if self.stage == 2 else ())
 
@@ -108,9 +125,86 @@ class VLVConfig:
         return self.stage == 1 or self.stage2_denoises and not {*ENCODER_PARTS}.isdisjoint(self.trains)
 
 
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits, which Pillow would clip, as uint8. White is 1 for fractions, else the
+    least of 8, 12 and 16 bits that holds the brightest value. Raises ValueError for others."""
+    low, high = values.min(), values.max()
+    whites = [1] if values.dtype.kind == "f" and high <= 1 else [255, 4095, 65535]
+    white = next((w for w in whites if high <= w), None)
+    if white is None or not low >= 0:
+        raise ValueError(f"its values go from {low:g} to {high:g}: 0 to 1, or 8, 12 or 16 bits are known")
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8."""
+    with suppress(Exception):  # it is turned first; then metadata that is wrong may raise anything
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(file, size: int | None = None) -> Image.Image:
+    """Opens any picture as RGB, of an animation the first frame.
+
+    file: path or binary file. size: the side in pixels that is needed; lets JPEG decode large originals
+    smaller. Raises OSError."""
+    try:
+        with Image.open(file) as image:
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            if size:
+                image.draft("RGB", (size, size))
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError as error:  # its own text names an object in memory
+        head = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        hint = "; HEIC needs: pip install pillow-heif" if head[4:12] in HEIC else ""
+        raise OSError(f"broken image: its format is unknown{hint}") from error
+    except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
+        raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
+
+
+def crop_image(image: Image.Image, size: int, resize: str = "bicubic") -> torch.Tensor:
+    """The centre square of an RGB picture, (3, size, size) uint8. resize: see VLVConfig."""
+    side = min(image.size)
+    if resize == "bilinear" and max(image.size) < 100 * side:  # a narrower one would become enormous
+        new = [size if n == side else int(size * n / side) for n in image.size]  # as torchvision rounds
+        left, top = (round((n - size) / 2) for n in new)
+        image = image.resize(new, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    elif image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # reducing_gap shrinks large pictures in two steps, several times faster and hardly visibly
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(picture, size: int, resize: str = "bicubic") -> torch.Tensor:
+    """Any picture as the (3, size, size) uint8 tensor that a model takes: upright, its centre square.
+
+    picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize:
+    see VLVConfig. Raises OSError for what cannot be read."""
+    if isinstance(picture, torch.Tensor):
+        picture = picture.permute(1, 2, 0).cpu().numpy()
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return crop_image(to_rgb(picture.copy()), size, resize)
+    return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize)
+
+
 def without_autocast(x: torch.Tensor):
     """Frozen parts run in the precision of their weights; autocast would convert them at each use."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def is_trained(part: nn.Module) -> bool:
+    return any(p.requires_grad for p in part.parameters())
 
 
 def two_layers(width: int, new_width: int) -> nn.Sequential:
@@ -140,13 +234,19 @@ class Encoder(nn.Module):
         largest = smallest * florence.config.vision_config.max_position_embeddings
         if not smallest <= self.size <= largest:
             raise ValueError(f"encoder_image_size is {self.size}, but must be from {smallest} to {largest}")
+        tokens = math.ceil(self.size / smallest) ** 2 + 1 + prompt_ids.shape[1]
+        for count, name in ((tokens, "encoder_image_size"), (config.num_queries, "num_queries")):
+            if count > bart.config.max_position_embeddings:
+                raise ValueError(f"{name} is {getattr(config, name)}, which makes {count} tokens, but BART"
+                                 f" has {bart.config.max_position_embeddings} positions")
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Florence-2's preprocessing, on the device: (B, 3, S, S) uint8 -> (B, 3, size, size) float32."""
         images = images.float()
         if images.shape[-1] != self.size:
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
-            images = images.round().clamp(0, 255)  # as in the 8-bit pictures that Florence-2 was trained on
+            for size in ((images.shape[-2], self.size), (self.size, self.size)):
+                images = F.interpolate(images, size, mode="bicubic", antialias=True)
+                images = (images + 0.5).floor().clamp(0, 255)  # 8 bits after each pass, as in PIL
         return (images / 255 - self.image_mean) / self.image_std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -283,6 +383,10 @@ class CaptionHead(nn.Module):
         self.mlp = two_layers(embed_dim, llm.get_input_embeddings().embedding_dim)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token to end captions with")
+        positions = getattr(llm.config, "max_position_embeddings", None) or math.inf
+        if config.num_queries + config.max_caption_tokens > positions:
+            raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}, but beside the"
+                             f" {config.num_queries} queries the LLM has only {positions} positions")
 
     def loss(self, prompt_embeds: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Cross-entropy of captions and their end tokens, given c, (B, N, D): a float32 scalar, the mean over
@@ -331,6 +435,7 @@ class VLV(nn.Module):
     def __init__(self, config: VLVConfig, encoder: Encoder, decoder: DiffusionDecoder, caption_head=None):
         super().__init__()
         self.config, self.encoder, self.decoder, self.caption_head = config, encoder, decoder, caption_head
+        self.loaded = set()  # the parts that a checkpoint has brought
         for name, part in self.parts().items():
             part.requires_grad_(name in config.trains)
 
@@ -347,8 +452,14 @@ class VLV(nn.Module):
         depth run in the frozen ones, too."""
         super().train(mode)
         for part in self.parts().values():
-            part.train(mode and any(p.requires_grad for p in part.parameters()))
+            part.train(mode and is_trained(part))
         return self
+
+    @property
+    def learned(self) -> list[str]:
+        """The parts that differ from the pretrained models, whoever trained them. A checkpoint holds them."""
+        known = self.loaded.union(self.config.learned)
+        return [name for name, part in self.parts().items() if name in known or is_trained(part)]
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> c, (B, N, D): what the UNet and the LLM read."""
@@ -395,6 +506,8 @@ class VLV(nn.Module):
             model, unused = cls.from_weights(config, weights, saved.learned, llm_folder, **options)
         except ValueError as error:
             raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
+        not_needed = () if with_unet else (PREFIXES["vae"], PREFIXES["unet"])
+        unused = [name for name in unused if not name.startswith(not_needed)]
         if unused and config.stage == saved.stage:
             raise ValueError(f"the checkpoint {folder} does not fit: {unused[0]} belongs to no part")
         return model
@@ -417,7 +530,8 @@ class VLV(nn.Module):
         encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, embed_dim)
         caption_head = None
         if config.stage == 2:
-            llm_dtype = learned_dtype if "llm" in config.learned else dtype
+            has_llm = any(name.startswith(PREFIXES["llm"]) for name in weights)
+            llm_dtype = learned_dtype if has_llm or "llm" in config.trains else dtype
             caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
         model = cls(config, encoder, decoder, caption_head)
         for name, part in model.parts().items():
@@ -433,12 +547,13 @@ class VLV(nn.Module):
         for name in missing:
             if name.startswith(tuple(PREFIXES[part] for part in required if part != "llm")):
                 raise ValueError(f"{name} is missing")
+        model.loaded = {part for part in PREFIXES if any(n.startswith(PREFIXES[part]) for n in weights)}
         return model.to(device).eval(), sorted(weights.keys() - model.state_dict().keys())
 
     def learned_state(self) -> dict[str, torch.Tensor]:
         """Name -> weight of what a checkpoint holds: the learned parts and the embedded prompt. Tied weights,
         such as an LLM's embeddings and head, are there once."""
-        prefixes = (*(PREFIXES[part] for part in self.config.learned), "encoder.task_embeds")
+        prefixes = (*(PREFIXES[part] for part in self.learned), "encoder.task_embeds")
         state, seen = {}, set()
         for name, weight in self.state_dict().items():
             if name.startswith(prefixes) and weight.data_ptr() not in seen:
@@ -475,11 +590,26 @@ class VLV(nn.Module):
         shutil.rmtree(old, ignore_errors=True)
 
 
+def find_download(name: str) -> Path | None:
+    """The folder of what was downloaded of a hub id: all of it, or the part that is needed."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
 def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
     """cls.from_pretrained of a folder, or of a hub id that was downloaded. random_init: random weights for
     the configuration there, or in data/configs. dtype: None for what has no weights. Raises OSError."""
     places = [Path(name), HERE / name] + [HERE / "data" / "configs" / Path(name).name] * random_init
-    place = next((path for path in places if path.is_dir()), name)
+    place = next((path for path in places if path.is_dir()), None) or find_download(name)
+    if place is None:
+        is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))
+        hint = f"download it with: hf download {name}"
+        hint = f"{places[-1]} does not exist" if random_init or is_path else hint
+        raise OSError(f"cannot load {name!r} (--{setting}): it is no folder, and was not downloaded; {hint}")
     kwargs["local_files_only"] = True
     try:
         if dtype is None:
@@ -497,10 +627,7 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
         return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
     except Exception as error:  # each library has errors of its own
         reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
-        if not isinstance(place, Path):
-            hint = f"{places[-1]} has none" if random_init else f"download it with: hf download {name}"
-            reason = f"it is no folder with such a model, and was not downloaded; {hint} ({reason})"
-        raise OSError(f"cannot load {str(place)!r} (--{setting}): {reason}") from error
+        raise OSError(f"cannot load {name!r} (--{setting}) from {place}: {reason}") from error
 
 
 def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):
@@ -556,12 +683,22 @@ def read_weights(folder: Path, kind: str = "model") -> dict:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk. Some file systems cannot do the
-    latter."""
+    """Waits until a file, or the names in a folder, are on the disk, where the file system can do that."""
     handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError if path.is_dir() else ()):
+    try:
         os.fsync(handle)
-    os.close(handle)
+    except OSError as error:
+        if path.is_file() and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        say_once("note: this file system does not say when what is written is on the disk"
+                 f" ({error.strerror}): a power failure could take the newest checkpoint")
+    finally:
+        os.close(handle)
+
+
+@lru_cache
+def say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def write_weights(file: Path, tensors: dict[str, torch.Tensor], config: VLVConfig) -> None:
@@ -581,7 +718,7 @@ def write_weights(file: Path, tensors: dict[str, torch.Tensor], config: VLVConfi
 
 def write_about(folder: Path, model: VLV) -> None:
     """Writes config.json and, if the LLM has learned, its configuration and tokenizer into llm/."""
-    if "llm" in model.config.learned:
+    if "llm" in model.learned:
         model.caption_head.llm.config.save_pretrained(folder / "llm")
         model.caption_head.tokenizer.save_pretrained(folder / "llm")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
@@ -612,16 +749,16 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """`folder` if it is a checkpoint; else the newest in it or in the runs in it (stage1, stage2); else what
-    was downloaded of that hub id. Raises OSError if there is none."""
+    """`folder` if it is a checkpoint; else the newest of the run there, or of the last of the runs there
+    (stage1, stage2); else what was downloaded of that hub id. Raises OSError if there is none."""
     path = Path(folder or "an empty name")
-    newest = [found[-1] for found in map(checkpoints, path.glob("*/")) if found]
-    newest = sorted(newest, key=lambda found: (found / "config.json").stat().st_mtime)
+    newest = [found[-1] for found in map(checkpoints, sorted(path.glob("*/"))) if found]  # stage2 comes last
     for candidate in [path, *checkpoints(path)[-1:], path.with_name(f".{path.name}.vlv-old"), *newest[-1:]]:
         if (candidate / "config.json").exists():
             return candidate
-    with suppress(HFValidationError, LocalEntryNotFoundError):
-        return find_checkpoint(snapshot_download(str(folder), local_files_only=True))
+    downloaded = find_download(str(folder))
+    if downloaded and (downloaded / "config.json").exists():
+        return downloaded
     raise OSError(f"there is no checkpoint in {path}: train one with train.py, or hf download one")
 
 

@@ -32,11 +32,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import init_process_group, init_worker, on_every_rank, quiet, run_and_exit
 from data.distributed import rank_and_world_size, exit_reasons, select_device, select_dtype, start_workers
-from data.loader import crop_image, open_image, read_shard
+from data.loader import read_shard
 from data.results import TEXT, report, write_lines
 from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
-from vlv import VLV, find_checkpoint, load_config
+from vlv import VLV, VLVConfig, find_checkpoint, load_config, to_pixels
 
 
 @dataclass
@@ -77,11 +77,10 @@ class Shard:
         file.truncate(sum(map(len, lines[:count])))
         return file, count
 
-    def finish(self, problem: str | None) -> None:
+    def finish(self, problems: list[str]) -> None:
         """Turns complete lines into the final file. If this is killed, it can be done again."""
         records = [json.loads(line) for line in open(self.part, **TEXT)]
-        problems = [problem] if problem else []
-        problems += [record["problem"] for record in records if "problem" in record]
+        problems = problems + [record["problem"] for record in records if "problem" in record]
         write_lines(self.unreadable, [printable(sentence) for sentence in problems])
         self.final.parent.mkdir(parents=True, exist_ok=True)
         captions = [json.dumps(record, ensure_ascii=False) for record in records if "caption" in record]
@@ -107,11 +106,10 @@ def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
 
 
 class ShardImages(torch.utils.data.Dataset):
-    """Index -> {"image": "00000.tar/KEY", and "pixels": (3, size, size) uint8 array, or "problem": why there
-    are none}. Arrays go through a pipe; tensors would lie in shared memory, where a kill leaves them."""
+    """Index -> {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
 
-    def __init__(self, shard: Shard, keys: list[str], spans, size: int):
-        self.shard, self.keys, self.spans, self.size = shard, keys, spans, size
+    def __init__(self, shard: Shard, keys: list[str], spans, config: VLVConfig):
+        self.shard, self.keys, self.spans, self.config = shard, keys, spans, config
 
     def __getitem__(self, i) -> dict:
         name = f"{self.shard.name}.tar/{self.keys[i]}"
@@ -119,7 +117,7 @@ class ShardImages(torch.utils.data.Dataset):
             with open(self.shard.path, "rb") as file:
                 file.seek(self.spans[i, 0])
                 data = io.BytesIO(file.read(self.spans[i, 1]))
-            return {"image": name, "pixels": crop_image(open_image(data, self.size), self.size).numpy()}
+            return {"image": name, "pixels": to_pixels(data, self.config.image_size, self.config.resize)}
         except OSError as error:
             reason = " ".join(str(error).split())
             return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
@@ -147,11 +145,13 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     if shard.final.exists():  # the process that held the file has finished it
         shard.part.unlink(missing_ok=True)
         return
-    keys, spans, problem = read_shard(shard.path)
+    keys, spans, problems, left_out = read_shard(shard.path)
+    problems += [f"{shard.path}:{name}: another image has its key" for name in next(iter(left_out.values()))]
+    problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
     loader = start_workers(torch.utils.data.DataLoader(
-        ShardImages(shard, keys, spans, model.config.image_size), batch_sampler=batches, collate_fn=list,
+        ShardImages(shard, keys, spans, model.config), batch_sampler=batches, collate_fn=list,
         num_workers=min(args.num_workers, len(batches)), worker_init_fn=init_worker))
     for _ in batches:
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
         waited = time.perf_counter() - start
         good = [item for item in items if "pixels" in item]
         if good:
-            images = torch.stack([torch.from_numpy(item.pop("pixels")) for item in good]).to(device)
+            images = torch.stack([item.pop("pixels") for item in good]).to(device)
             prompt_embeds = torch.cat([model.embed(some) for some in images.split(8)])  # for less memory
             captions = model.caption_head.generate(prompt_embeds, args.num_beams, args.max_new_tokens)
             for item, caption in zip(good, captions):
@@ -168,7 +168,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
         file.write(lines.encode(TEXT["encoding"], TEXT["errors"]))
         file.flush()
         yield len(items), waited
-    shard.finish(problem)
+    shard.finish(problems)
 
 
 @torch.inference_mode()
@@ -207,7 +207,7 @@ def main(argv=None) -> int:
         if unreadable or (args.out / "unreadable.txt").exists():
             write_lines(args.out / "unreadable.txt", unreadable)
     except OSError as error:
-        sys.exit(f"error: cannot write into {args.out}: {error.strerror or error}; what is done is kept")
+        sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
     bar.close()
     print(f"captions are in {args.out}/" + ("" if mine else "; nothing was left to do"), file=sys.stderr)
     return report(unreadable)

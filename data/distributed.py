@@ -11,6 +11,7 @@ import warnings
 import weakref
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,13 @@ exit_reasons = []  # why this process was asked to exit
 
 
 def quiet() -> None:
-    """Silences what libraries tell a command's user, who can do nothing about it."""
+    """Silences what libraries tell a command's user, who can do nothing about it; and lets the command print
+    where stdout knows ASCII alone, or is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        with suppress(AttributeError):  # of a notebook
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -108,6 +115,8 @@ def init_worker(worker: int) -> None:
     more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # through a pipe: shared memory may be small (64 MB in a container), and a kill leaves it behind
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
     threading.Thread(target=follow_parent, args=(os.getppid(), 0), daemon=True).start()
 
 
@@ -116,10 +125,14 @@ def start_workers(loader: torch.utils.data.DataLoader):
     go of a tensor waits for ever for a lock of Python's (CPython 3.11)."""
     if dist.is_initialized():
         time.sleep(0.5)
-    batches = iter(loader)
-    if loader.num_workers:  # Python's end would send SIGTERM, which they ignore, and wait for ever
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        sys.exit(f"error: no process can be started to load data ({error}): --num_workers 0 does without")
+    if loader.num_workers:  # Python's end would send them SIGTERM, which they ignore, and wait for ever
         end = weakref.WeakMethod(batches._shutdown_workers)
-        atexit.register(lambda: end() and end()())
+        # the queues are held, as the garbage collector may else close them before it tells the workers to end
+        atexit.register(lambda queues=batches._index_queues: end() and end()())
     return batches
 
 

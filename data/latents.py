@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class LatentsConfig:
     data: str
     diffusion_model: str = VLVConfig.diffusion_model
     image_size: Pixels = VLVConfig.image_size
+    resize: Literal["bicubic", "bilinear"] = VLVConfig.resize  # as of the VLV that is trained
     batch_size: Count = 64
     num_workers: NonNegative = 4
 
@@ -84,7 +86,7 @@ def main(argv=None):
     device = select_device("auto")
     if world_size > 1:
         init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
-    dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size))
+    dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize))
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     load = lambda: DiffusionDecoder(model, load_pipeline(model.diffusion_model, False, dtype, with_unet=True))

@@ -4,10 +4,12 @@ Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes th
 resumes at once.
 """
 
+import filecmp
 import hashlib
 import io
 import json
 import os
+import posixpath
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -16,110 +18,106 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
 from tqdm import tqdm
 
 from data.settings import printable
+from vlv import to_pixels
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All image files below `folder`, sorted, without hidden ones (thumbnail caches and the like)."""
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".")]
-    return sorted(p for p in found if p.is_file())
+IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
+                      " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
+INDEX_VERSION = 2  # of what read_shard takes from a shard
 
 
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, which Pillow would clip, as uint8. White is 1 for fractions, else the
-    least of 8, 12 and 16 bits that holds the brightest value. Raises ValueError for others."""
-    low, high = values.min(), values.max()
-    whites = [1] if values.dtype.kind == "f" and high <= 1 else [255, 4095, 65535]
-    white = next((w for w in whites if high <= w), None)
-    if white is None or not low >= 0:
-        raise ValueError(f"its values go from {low:g} to {high:g}: 0 to 1, or 8, 12 or 16 bits are known")
-    if values.dtype.kind == "f":
-        return (values * (255 / white)).round().astype(np.uint8)
-    return (values.astype(np.int64) // ((white + 1) // 256)).astype(np.uint8)
+def walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """All files below a folder, also behind links, sorted, without hidden ones (thumbnail caches and the
+    like); and a sentence for each that is out of reach."""
+    files, problems, seen = [], [], set()
+    fail = lambda error: problems.append(f"{printable(error.filename)}: {error.strerror}")
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(root)
+        visible = [] if real in seen else folders  # a link may lead back to where it is
+        folders[:] = [name for name in visible if not name.startswith(".")]
+        for name in names if real not in seen else []:
+            if not name.startswith("."):
+                path = Path(root, name)
+                if path.is_file():
+                    files.append(path)
+                else:
+                    problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
+        seen.add(real)
+    return sorted(files), problems
 
 
-def open_image(file, size: int | None = None) -> Image.Image:
-    """Opens any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8, an animation's first
-    frame.
-
-    file: path or binary file. size: the side in pixels that is needed; lets JPEG decode large originals
-    smaller. Raises OSError."""
+def is_image(path: Path) -> bool:
+    """By its ending, or, where it has none, by what is in it."""
+    if path.suffix:
+        return path.suffix.lower() in IMAGE_ENDINGS
     try:
-        with Image.open(file) as image:
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            if size:
-                image.draft("RGB", (size, size))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                image = Image.fromarray(to_eight_bits(np.asarray(image)))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:  # its own text names an object in memory
-        raise OSError("broken image: its format is unknown") from error
-    except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
-        raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
+        with Image.open(path):
+            return True
+    except Exception:  # of any of Pillow's plugins
+        return False
 
 
-def crop_image(image: Image.Image, size: int) -> torch.Tensor:
-    """The centre square, resized to (3, size, size) uint8. Cropped before it is resized: a very narrow
-    picture would become enormous."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (size, size):
-        # reducing_gap shrinks large pictures in two steps, several times faster and hardly visibly
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def decode_text(data: bytes) -> str:
+    """Raises OSError for what is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise OSError("its caption is not UTF-8: convert it, as iconv does") from None
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """Images, their captions and their latents' moments.
 
-    folder: holds *.tar shards at any depth, or else images. with_captions: an image without one is
-    unreadable. captions: data/caption.py's --out for the shards, to replace their texts; images without a
-    line there are left out. latents_of: the text-to-image model whose moments data/latents.py has computed
-    ahead; None: no moments. `fingerprint` is the same as long as the samples are. Raises ValueError if there
-    is nothing to read."""
+    folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
+    without one is unreadable. captions: data/caption.py's --out for the shards, to replace their texts;
+    images without a line there are left out. latents_of: the text-to-image model whose moments
+    data/latents.py has computed ahead; None: no moments. `fingerprint` is the same as long as the samples
+    are; `problems` are sentences about what is there and cannot be used. Raises ValueError if there is
+    nothing to read."""
 
-    def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions=""):
-        self.folder, self.size, self.with_captions, self.broken_shards = Path(folder), size, with_captions, []
+    def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
+                 resize="bicubic"):
+        self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
         if not self.folder.is_dir():
-            raise ValueError(f"data folder {folder} does not exist; make it, or name another")
-        self.shards, self.files, self.captions = sorted(self.folder.rglob("*.tar")), [], None
+            is_file = self.folder.exists()
+            hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
+            raise ValueError(f"data folder {folder} {hint}")
+        files, self.problems = walk(self.folder)
+        self.shards, self.captions = [path for path in files if path.suffix == ".tar"], None
+        self.files = [path for path in files if is_image(path)]
         if captions:
             if not self.shards or not Path(captions).is_dir():
                 raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
             names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
             self.captions = [Path(captions) / name for name in names]
         if self.shards:
-            cache = Path(captions) if captions else self.folder
-            self.index, self.broken_shards, self.fingerprint = self.load_index(cache)
-            has_texts, lacks = self.index[:, 3].any(), "its shards hold no KEY.txt"
+            if self.files:
+                loose = f"{len(self.files):,} images beside the tar shards are left out"
+                self.problems.append(f"{self.folder}: {loose}, such as {self.files[0]}")
+            self.files = []
+            self.problems += self.load_index(Path(captions) if captions else self.folder)
+            with_text, lacks = np.count_nonzero(self.index[:, 4]), "its shards hold no KEY.txt"
         else:
-            self.files = find_images(self.folder)
             names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
             self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-            has_texts = any(f.with_suffix(".txt").exists() for f in self.files)
-            lacks = "no image has a NAME.txt beside it"
+            texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+            self.texts = [texts.get(path.with_suffix("")) for path in self.files]
+            with_text, lacks = len(self.texts) - self.texts.count(None), "no image has a NAME.txt beside it"
+        self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):
             recipe = self.folder / "prepare.py"
             hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
             raise ValueError(f"data folder {folder} holds neither images nor tar shards{hint}")
-        if with_captions and not has_texts:
+        if with_captions and not with_text:
             raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {lacks}")
         self.moments = open_latents(self, latents_of) if latents_of else None
 
     def __str__(self):
-        return f"{len(self):,} samples from {self.folder}"
+        return self.summary
 
     def __len__(self):
         return len(self.index) if self.shards else len(self.files)
@@ -147,75 +145,102 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if self.shards:
             name, source, text = self.read_member(*(int(v) for v in self.index[i]))
         else:
-            name, source, text = printable(self.files[i]), self.files[i], ""
-            if self.with_captions and source.with_suffix(".txt").exists():
-                text = source.with_suffix(".txt").read_text(errors="replace")
-        if self.with_captions and not text.strip():
-            raise OSError(f"{name}: no caption")
+            source, text = self.files[i], self.texts[i]
+            name = printable(source)
         try:
-            image = crop_image(open_image(source, self.size), self.size)
+            caption = ""
+            if self.with_captions and text:
+                caption = decode_text(text if isinstance(text, bytes) else text.read_bytes())
+            if self.with_captions and not caption:
+                raise OSError("no caption")
+            image = to_pixels(source, self.size, self.resize)
         except OSError as error:
             raise OSError(f"{name}: {error}") from error
         moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[i]))
         if moments is not None and not moments.isfinite().all():
             raise OSError(f"{name}: it has no latents: data/latents.py could not read it; run that again")
-        return {"image": image, "caption": text.strip() or None, "moments": moments}
+        return {"image": image, "caption": caption or None, "moments": moments}
 
     def read_member(self, shard: int, image_offset: int, image_size: int, text_offset: int, text_size: int):
-        """(name, image file, text) of a sample in a shard."""
+        """(name, image file, text as bytes) of a sample in a shard. text_size: below 0 of a JSON file."""
         with open(self.shards[shard], "rb") as file:
             header = os.pread(file.fileno(), 100, image_offset - 512)  # begins with the member's name
             image = io.BytesIO(os.pread(file.fileno(), image_size, image_offset))
-            text = os.pread(file.fileno(), text_size, text_offset).decode(errors="replace")
+            text = b"" if self.captions else os.pread(file.fileno(), abs(text_size), text_offset)
         if self.captions:
             with open(self.captions[shard], "rb") as file:
-                text = json.loads(os.pread(file.fileno(), text_size, text_offset)).get("caption") or ""
+                text = os.pread(file.fileno(), text_size, text_offset)
+        if text_size < 0 or self.captions:
+            text = (json.loads(text)["caption"] or "").encode(errors="replace")
         member = header.split(bytes(1))[0].decode(errors="replace")
         return printable(f"{self.shards[shard]}:{member}"), image, text
 
-    def load_index(self, cache: Path) -> tuple:
-        """(n, 5) int64, memory-mapped: number of the shard, and what index_shard says; a sentence for each
-        broken shard; a fingerprint of all that. Built by all cores, and kept in the folder `cache` until a
-        file changes."""
-        array_file, stamp_file = cache / "index.bin", cache / "index.json"
+    def load_index(self, cache: Path) -> list[str]:
+        """Sets `index`, (n, 5) int64, memory-mapped: number of the shard, and what index_shard says; and
+        `fingerprint`. Returns sentences about what cannot be used. The index is built by all cores, and kept
+        in the folder `cache` (or with the hub's files, where that is read-only) until a file changes."""
         files = [(shard, str(shard.relative_to(self.folder))) for shard in self.shards]
         files += [(lines, str(lines.relative_to(cache))) for lines in self.captions or [] if lines.exists()]
         stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
+        if not os.access(cache, os.W_OK):
+            cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
+        array_file, stamp_file = cache / "index.bin", cache / "index.json"
         with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            saved = json.loads(stamp_file.read_text())
-            if saved["shards"] == stamp and index_fingerprint(array_file, stamp) == saved["fingerprint"]:
-                array = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
-                return array, saved["broken"], saved["fingerprint"]
-        broken, count = [], len(self.shards)
+            saved = json.loads(stamp_file.read_text(encoding="utf-8"))
+            if saved["shards"] == stamp and saved["version"] == INDEX_VERSION:
+                self.fingerprint = index_fingerprint(array_file, stamp)
+                self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
+                if self.fingerprint == saved["fingerprint"]:
+                    return saved["problems"]
+        problems, count, left_out = [], len(self.shards), {}
         unfinished = Path(f"{array_file}.{os.uname().nodename}.{os.getpid()}")
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             stamp_file.unlink(missing_ok=True)
             with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(unfinished, "wb") as file:
                 found = pool.map(index_shard, self.shards, self.captions or [None] * count)
                 bar = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
-                for number, (spans, problem) in enumerate(bar):
+                for number, (spans, broken, others) in enumerate(bar):
                     np.insert(spans, 0, number, axis=1).tofile(file)
-                    broken += [problem] if problem else []
+                    problems += broken
+                    for kind, (many, example) in others.items():
+                        before, first = left_out.get(kind, (0, example))
+                        left_out[kind] = before + many, first
+            for kind, (many, example) in left_out.items():
+                problems.append(printable(f"{self.folder}: {many:,} {kind}, such as {example}"))
             if not unfinished.stat().st_size:
                 where = f"with captions in {cache}" if self.captions else "in them"
-                reason = "".join(f": {problem}" for problem in broken[:1])
+                reason = "".join(f": {problem}" for problem in problems[:1])
                 raise ValueError(f"{self.folder} has {count} tar shards, but no images {where}{reason}")
             os.replace(unfinished, array_file)
-            fingerprint = index_fingerprint(array_file, stamp)
-            unfinished.write_text(json.dumps({"shards": stamp, "broken": broken, "fingerprint": fingerprint}))
+            self.fingerprint = index_fingerprint(array_file, stamp)
+            saved = dict(version=INDEX_VERSION, shards=stamp, problems=problems, fingerprint=self.fingerprint)
+            unfinished.write_text(json.dumps(saved), encoding="utf-8")
             os.replace(unfinished, stamp_file)
         except OSError as error:
-            raise ValueError(f"cannot write the index of the data, in {cache}: {error}") from error
+            raise ValueError(f"cannot write the index of the data, in {cache}: {error.strerror}") from error
         finally:
-            unfinished.unlink(missing_ok=True)
-        return np.memmap(array_file, np.int64, mode="r").reshape(-1, 5), broken, fingerprint
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+        self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
+        return problems
+
+
+def find_shared(a: ImageTextDataset, b: ImageTextDataset) -> tuple[Path, Path] | None:
+    """What two data sets both hold: a folder inside the other's, or a shard that is in both."""
+    folders = [dataset.folder.resolve() for dataset in (a, b)]
+    if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
+        return a.folder, b.folder
+    shards = {shard.name: shard for shard in a.shards}
+    pairs = [(shards[shard.name], shard) for shard in b.shards if shard.name in shards]
+    return next((pair for pair in pairs if filecmp.cmp(*pair, shallow=False)), None)
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
     """One random image with a caption of so many words, over and over, for benchmarks. moments_shape: (2C, h,
     w), as if moments had been computed ahead; None: no moments."""
 
-    broken_shards, fingerprint = [], "synthetic"
+    problems, fingerprint = [], "synthetic"
 
     def __init__(self, size: int, caption_words: int, moments_shape: tuple | None = None):
         moments = None if moments_shape is None else torch.zeros(moments_shape, dtype=torch.float16)
@@ -232,48 +257,92 @@ class SyntheticDataset(torch.utils.data.Dataset):
         return self.item | {"seed": place[1] if isinstance(place, tuple) else None}
 
 
-def read_shard(path: Path) -> tuple[list[str], np.ndarray, str | None]:
+def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, list[str]]]:
     """The keys of a shard's n images; (n, 4) int64: image offset, image size, text offset, text size (0, 0
-    without a text); and what is wrong with the shard, or None."""
-    samples, problem = {}, None
+    without a text, below 0 of a JSON file with a "caption"); what is wrong with the shard; and names of what
+    is left out, by the reason.
+
+    As in webdataset, a sample's key ends at the first dot of the file's name: KEY.jpg and KEY.txt belong
+    together, and so do KEY.image.png, KEY.mask.png and KEY.caption.txt."""
+    places, links, problems, samples = {}, {}, [], {}
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile() and member.offset_data + member.size > end:
-                    raise tarfile.ReadError("it ends in the middle of a file")
-                key, ending = os.path.splitext(member.name)
-                at = 0 if ending.lower() in IMAGE_ENDINGS else 2 if ending == ".txt" else None
-                if member.isfile() and at is not None:
-                    samples.setdefault(key, [0, 0, 0, 0])[at : at + 2] = member.offset_data, member.size
+                name = posixpath.normpath(member.name)
+                if member.isfile():
+                    if member.offset_data + member.size > end:
+                        raise tarfile.ReadError("it ends in the middle of a file")
+                    places[name] = member.offset_data, member.size
+                elif member.issym() or member.islnk():
+                    base = posixpath.dirname(name) if member.issym() else ""
+                    links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile stops without a word where no header is
                 raise tarfile.ReadError("its end is missing")
     except (OSError, tarfile.TarError) as error:
-        problem = f"{path}: broken shard ({error}); the {len(samples)} samples before the break are used"
+        problems.append(f"{path}: broken shard ({error}); the samples before the break are used")
         with suppress(OSError), open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
-                problem = f"{path}: broken shard; it is compressed: unpack it with gunzip"
-    samples = {key: spans for key, spans in samples.items() if spans[0]}
-    return list(samples), np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4), problem
+                problems = [f"{path}: broken shard; it is compressed: unpack it with gunzip"]
+    for name, target in links.items():
+        for _ in range(8):  # links to links
+            target = links.get(target, target)
+        if target in places:
+            places[name] = places[target]
+        else:
+            problems.append(printable(f"{path}:{name}: it is a link to {target}, which is not there"))
+    for name in places:
+        folder, file = posixpath.split(name)
+        if not file.startswith("."):  # ._KEY.jpg is what macOS adds
+            samples.setdefault(posixpath.join(folder, file.split(".")[0]), []).append(name)
+    spans, left_out = {}, {"images beside another of their key are left out": [], "texts have no image": []}
+    for key, names in samples.items():
+        # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
+        names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
+        of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
+        images, texts, (at, size) = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), (0, 0)
+        left_out["images beside another of their key are left out"] += images[1:]
+        left_out["texts have no image"] += [] if images else texts
+        if texts:
+            at, size = places[texts[0]]
+        for name in of_kind(".json") if images and not texts else []:
+            at, size = places[name]
+            with suppress(ValueError, KeyError, TypeError), open(path, "rb") as file:
+                if isinstance(json.loads(os.pread(file.fileno(), size, at))["caption"], str):
+                    size = -size
+                    break
+            at, size = 0, 0
+        if images:
+            spans[key] = *places[images[0]], at, size
+    return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
 
 
-def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, str | None]:
-    """What read_shard says, without the keys. captions: JSON lines of this shard, whose places replace those
-    of its texts; only images that have a line are kept."""
-    keys, spans, problem = read_shard(path)
+def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, list[str], dict]:
+    """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
+    JSON lines of this shard, whose places replace those of its texts; only images that have a line are
+    kept."""
+    keys, spans, problems, left_out = read_shard(path)
+    left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
     if captions is None:
-        return spans, problem
-    lines, at = {}, 0
+        return spans, problems, left_out
+    lines, at, bad = {}, 0, []
     for line in open(captions, "rb") if captions.exists() else []:
         try:
-            lines[json.loads(line)["image"].partition(".tar/")[2]] = at, len(line)
+            record = json.loads(line)
+            if not isinstance(record["caption"], str | None):
+                raise TypeError
+            lines[record["image"].partition(".tar/")[2]] = at, len(line)
         except (ValueError, KeyError, TypeError, AttributeError):
-            problem = problem or f"{captions}: byte {at:,} begins no line with image and caption"
+            bad.append(f"{captions}: byte {at:,} begins no line with image and caption")
         at += len(line)
     kept = [i for i, key in enumerate(keys) if key in lines]
+    if keys and not kept:
+        reason = "have lines of other images" if captions.exists() else "are not there"
+        left_out[f"shards have no captions, as their files {reason}"] = (1, str(captions))
     texts = np.array([lines[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([spans[kept, :2], texts], 1), problem
+    left_out.pop("texts have no image", None)
+    return np.concatenate([spans[kept, :2], texts], 1), problems + bad[:1], left_out
 
 
 def index_fingerprint(array_file: Path, stamp: list) -> str:
@@ -288,7 +357,8 @@ def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
     """data/latents.py's (n, 2C, h, w) half, memory-mapped; NaN for what could not be read then. Raises
     ValueError if they are of other images, or not finished."""
     folder = dataset.folder
-    hint = f"python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
+    hint = (f"python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
+            f" --resize {dataset.resize}")
     try:
         moments, done = [np.load(folder / f"latents{kind}.npy", mmap_mode="r") for kind in ("", ".done")]
         if json.loads((folder / "latents.json").read_text()) != describe_latents(dataset, model):
@@ -302,7 +372,9 @@ def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
     """What latents depend on; kept beside them."""
-    return dict(diffusion_model=model, image_size=dataset.size, images=len(dataset), data=dataset.fingerprint)
+    other = {"resize": dataset.resize} if dataset.resize != "bicubic" else {}
+    return other | dict(diffusion_model=model, image_size=dataset.size, images=len(dataset),
+                        data=dataset.fingerprint)
 
 
 @lru_cache(maxsize=1)

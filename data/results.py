@@ -25,6 +25,9 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
     rows = [[as_image(image) for image in row] for row in rows]
     side = max(1, 192 // rows[0][0].width) * rows[0][0].width
     width, font, line = len(rows[0]) * (side + 4) - 4, ImageFont.load_default(14), 18
+    box = bytes(font.getmask("\uffff"))  # which the font draws for letters that it does not have
+    can_draw = lambda caption: not any(c.isprintable() and bytes(font.getmask(c)) == box for c in caption)
+    captions = [c if can_draw(c) else "(caption not drawn: letters that this font lacks)" for c in captions]
     texts = [textwrap.wrap(caption, max(10, width // 8)) for caption in captions]
     heights = [side + 4 + (line * len(text) + 6 if text else 0) for text in texts]
     sheet = Image.new("RGB", (width, sum(heights) - 4 * (not texts[-1])), "white")

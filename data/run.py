@@ -30,6 +30,7 @@ from data.distributed import all_gather, exit_run, on_every_rank, print_once, ra
 from data.settings import read_json, write_json, write_atomically
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
+PATIENCE = 1800  # seconds that a run waits for a batch
 COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
 
 
@@ -123,7 +124,10 @@ class Checkpointer:
                              f" --out_dir, and start from it with --init_from {checkpoint}")
         trainer = read_json(checkpoint / "trainer.json")
         for name, value in self.started_with.items():
-            if name != "max_steps" and trainer.get(name) != value and not accept_changes:
+            if name == "max_steps" and trainer[name] != value:
+                print_once(f"note: max_steps was {trainer[name]:,} and is now {value:,}: so the learning rate"
+                           " jumps to what the new schedule has for this step")
+            elif trainer.get(name, value) != value and not accept_changes:
                 raise ValueError(f"{self.run_dir} was started with {name} {trainer.get(name)}, and now it is"
                                  f" {value}: give it as it was, or add --accept_changes")
         saved = read_weights(checkpoint, "optimizer")
@@ -298,9 +302,15 @@ class Meter:
         self.waited.append(0.0)
 
     def next(self, loader) -> dict:
-        """The loader's next batch."""
+        """The loader's next batch. Exits if there is none for half an hour."""
         start = time.perf_counter()
-        batch = next(loader)
+        try:
+            batch = next(loader)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            sys.exit(f"error: no data came for {PATIENCE // 60} minutes: look at the disk, or try"
+                     " --num_workers 0; --resume goes on")
         self.waited[-1] += time.perf_counter() - start
         return batch
 
@@ -326,9 +336,11 @@ class Meter:
             return "too few steps to say how fast they are"
         rate, waiting = self.speed(self.warm_up).values()
         each, hours = rate / self.processes, self.total / rate / 3600
-        dollars = hours * self.processes * self.usd_per_gpu_hour
+        dollars = ""
+        if self.device.type == "cuda":
+            usd = hours * self.processes * self.usd_per_gpu_hour
+            dollars = f", ${usd:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour"
         return (f"{rate:,.3g} images/s ({each:.3g} a process), {waiting:.0%} of the time waiting for data |"
                 f" {self.flops / 1e12:.3g} TFLOP an image, {each * self.flops / 1e12:.3g} TFLOP/s a process |"
                 f" {peak_memory(self.device):.1f} GB at the peak | the whole stage:"
-                f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'},"
-                f" ${dollars:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour")
+                f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'}{dollars}")

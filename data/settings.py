@@ -5,7 +5,6 @@ position.
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -72,17 +71,15 @@ def parse(cls, argv, doc: str, **more: str) -> dict:
     parser.error = fail
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        name, known = unknown[0].lstrip("-").split("=")[0], [*more, *(field.name for field in fields(cls))]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ValueError(f"there is no setting {name!r}; did you mean {near!r}?")
+        raise ValueError(f"there is no setting {unknown[0].split('=')[0]!r}: --help lists them")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
 
 
 def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
-        if isinstance(value, dict) or name == "help":
-            raise ValueError(f"{name} cannot be {value!r}")
+        if isinstance(value, dict) or name in ("help", "config"):
+            raise ValueError(f"{name} cannot be {json.dumps(value)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
@@ -100,8 +97,11 @@ def parse_with_file(cls, argv, doc: str) -> dict:
     values = read_json(path)
     sections = [values, values.pop("stage1", {}), values.pop("stage2", {})]
     try:
+        for section in sections[1:]:
+            if not isinstance(section, dict) or "stage" in section:
+                raise ValueError("stage1 and stage2 are objects of settings, without a stage")
         common, *of_stage = [parse(cls, as_flags(section), doc) for section in sections]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return common | of_stage[given.get("stage", common.get("stage", 1)) - 1] | given
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from data.distributed import quiet, select_dtype
-from data.settings import Count, Pixels, read_settings
+from data.settings import Count, Pixels, printable, read_json, read_settings
 from vlv import VLV, VLVConfig, load
 
 LEARNED = [  # theirs -> ours
@@ -46,7 +47,11 @@ FROZEN = [  # of microsoft/Florence-2-large, where the names differ from transfo
     (r"^(vae|unet)\.", r"decoder.\1."),
 ]
 UNUSED = r"model\.language_model\.(lm_head\.weight|final_logits_bias)|text_encoder\..*position_ids"
-SHARED = "model.language_model.model.shared.weight"
+# BART's token table, under each of its tied names
+TABLES = [f"model.language_model.{name}.weight"
+          for name in ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")]
+WRAPPERS = r"(?<![^.])(module|_orig_mod)\."  # of DDP and torch.compile, anywhere in a name
+THEIRS = r"(^|\.)(query_embed$|language_proj\.|mlp\.layers\.|qwen2_model\.|model\.language_model\.)"
 
 
 @dataclass
@@ -59,31 +64,61 @@ class ConvertConfig:
     image_size: Pixels = VLVConfig.image_size
     encoder_image_size: Pixels = VLVConfig.encoder_image_size
     max_caption_tokens: Count = VLVConfig.max_caption_tokens
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["keep", "bf16", "fp16", "fp32"] = "keep"  # keep: that of their weights
 
 
-def read(path: Path) -> dict:
+def open_file(file: Path) -> dict:
     """Name -> tensor, or what reads it by [...]. Raises OSError or ValueError if there are none."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    files = files or [p for p in sorted(path.rglob("*")) if p.suffix in (".bin", ".pt")]
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, "pt", backend="pread")
+            return {name: opened.get_slice(name) for name in opened.keys()}
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = printable(str(error).strip().splitlines()[0])
+        raise OSError(f"{file} cannot be opened as weights: {reason}") from error
+    tensors = find_tensors(state)
+    if not tensors:
+        raise ValueError(f"{file} holds no weights, only {', '.join(map(str, list(state)[:5]))}")
+    return tensors
+
+
+def read(path: Path) -> tuple[dict, list[str]]:
+    """Their weights, {name: tensor, or what reads it by [...]}, and a sentence for each file without any.
+    Raises OSError or ValueError if there are none, or two of one name."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    for index in [file for file in files if file.name.endswith(".index.json")]:
+        missing = {*read_json(index)["weight_map"].values()} - {file.name for file in files}
+        if missing:
+            raise OSError(f"{index} names {min(missing)}, which is not there: download it, too")
+    files = [file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    safe = {file.parent for file in files if file.suffix == ".safetensors"}
+    is_copy = lambda file: file.parent in safe and re.fullmatch(r"pytorch_model.*\.bin", file.name)
+    files = [file for file in files if not is_copy(file)]
     if not files:
         raise OSError(f"{path} has no .safetensors, .bin or .pt file: name what you have downloaded")
-    found = {}
+    found, sources, others = {}, {}, []
     for file in files:
         try:
-            if file.suffix == ".safetensors":
-                opened = safe_open(file, "pt", backend="pread")
-                found |= {name: opened.get_slice(name) for name in opened.keys()}
-                continue
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(f"{file} cannot be opened as weights: {reason}") from error
-        tensors = find_tensors(state)
-        if not tensors:
-            raise ValueError(f"{file} holds no weights, only {', '.join(map(str, list(state)[:5]))}")
-        found |= tensors
-    return found
+            tensors = {re.sub(WRAPPERS, "", name): tensor for name, tensor in open_file(file).items()}
+        except (OSError, ValueError) as error:
+            if len(files) == 1:
+                raise
+            others.append(str(error))
+            continue
+        if len(files) > 1 and not any(re.search(THEIRS, name) for name in tensors):
+            others.append(f"{file} holds none of their weights")
+            continue
+        for name, tensor in tensors.items():
+            same = name if name in found else None
+            if name.endswith("query_embed"):  # which is once in a stage, under other names in the other
+                same = next((n for n in found if n.endswith("query_embed")), None)
+            if same:
+                raise ValueError(f"{sources[same]} and {file} both hold {name}: name one of the two")
+            found[name], sources[name] = tensor, file
+    if not found:
+        raise ValueError("; ".join(others))
+    return found, others
 
 
 def find_tensors(state) -> dict[str, torch.Tensor]:
@@ -96,9 +131,9 @@ def find_tensors(state) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def sort_weights(state: dict) -> tuple[int, dict, dict, dict]:
-    """(their stage, learned weights by our names, {our name: theirs}, other weights by their names). Raises
-    ValueError if they are not the authors' weights."""
+def sort_weights(state: dict) -> tuple[int, dict, dict, dict, torch.Tensor]:
+    """(their stage, learned weights by our names, {our name: theirs}, other weights by their names, BART's
+    token table). Raises ValueError if they are not the authors' weights."""
     anchor = next((name for name in state if name.endswith("query_embed")), None)
     if anchor is None:
         raise ValueError(f"none of its {len(state):,} weights is called query_embed, as one of theirs is")
@@ -112,30 +147,34 @@ def sort_weights(state: dict) -> tuple[int, dict, dict, dict]:
             others[bare] = weight
         else:
             weights[ours], names[ours] = weight, name
-    if SHARED not in others:
-        raise ValueError(f"{SHARED} is missing")
+    table = next((name for name in TABLES if name in others), None)
+    if table is None:
+        raise ValueError(f"{TABLES[0]} is missing")
+    head, embedding = (f"caption_head.llm.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    if head in weights and embedding not in weights:  # tied, and stored once
+        weights[embedding], names[embedding] = weights.pop(head), names.pop(head)
     queries = weights["encoder.queries.weight"][...]
     if queries.ndim != 3:
         raise ValueError(f"{anchor} is {tuple(queries.shape)}, not (1, N, width)")
     weights["encoder.queries.weight"] = queries[0]
-    return stage, weights, names, others
+    return stage, weights, names, others, others[table][...]
 
 
-def compare(others: dict, model: VLV) -> tuple[int, list[str], list[str]]:
-    """(how many weights equal the pretrained models', names of those that do not, names without a place)."""
+def compare(others: dict, table: torch.Tensor, model: VLV) -> tuple[int, list[str], list[str]]:
+    """(how many weights equal the pretrained models', but for rounding to half precision; names of those that
+    do not; names without a place)."""
     state, equal, different, unknown = model.state_dict(), 0, [], []
-    shared = others[SHARED][...]
     for name, weight in others.items():
-        if name == SHARED or re.fullmatch(UNUSED, name):
+        if name == TABLES[0] or re.fullmatch(UNUSED, name):
             continue
         our_name = name
         for pattern, new in FROZEN:
             our_name = re.sub(pattern, new, our_name)
-        ours = shared if name.endswith("embed_tokens.weight") else state.get(our_name)
+        ours = table if name.endswith("embed_tokens.weight") else state.get(our_name)
         weight = weight[...].T if name == "model.image_projection" else weight[...]
         if ours is None:
             unknown.append(name)
-        elif torch.equal(weight.bfloat16(), ours.bfloat16()):
+        elif weight.shape == ours.shape and torch.allclose(weight.float(), ours.float(), 2**-8, 1e-7):
             equal += 1
         else:
             different.append(name)
@@ -143,16 +182,26 @@ def compare(others: dict, model: VLV) -> tuple[int, list[str], list[str]]:
 
 
 def convert(args: ConvertConfig) -> None:
-    stage, weights, names, others = sort_weights(read(args.weights))
+    found, left_out = read(args.weights)
+    stage, weights, names, others, table = sort_weights(found)
     caption_end = "full stop" if stage == 2 else "token"  # they never taught an end token
     fields = ("diffusion_model", "encoder", "llm", "image_size", "encoder_image_size", "max_caption_tokens")
     config = VLVConfig(**{name: getattr(args, name) for name in fields}, stage=stage, caption_end=caption_end,
-                       num_queries=len(weights["encoder.queries.weight"]))
+                       num_queries=len(weights["encoder.queries.weight"]), resize="bilinear")
     # Their token table has learned, so the task prompt's embeddings come from it and are in the checkpoint.
     prompt_ids = load(AutoTokenizer, args.encoder, "encoder", False)(config.prompt).input_ids
-    weights["encoder.task_embeds"] = others[SHARED][...][prompt_ids][None]
+    weights["encoder.task_embeds"] = table[prompt_ids][None]
+    bart = load(AutoConfig, args.encoder, "encoder", False).text_config
+    for name in weights:  # a Florence-2 of before December 2024 has fewer positions; none needs the others
+        if name.endswith("embed_positions.weight"):
+            positions = weights[name][...]
+            more = bart.max_position_embeddings + 2 - len(positions)  # BART begins with the second
+            if more > 0 and positions.shape[1:] == (bart.d_model,):
+                weights[name] = F.pad(positions, (0, 0, 0, more))
     with_unet = any(name.startswith(("unet.", "vae.")) for name in others)  # to be compared
-    dtype = select_dtype(args.precision, torch.device("cpu"), args.out)
+    dtype = weights["encoder.queries.weight"].dtype
+    if args.precision != "keep":
+        dtype = select_dtype(args.precision, torch.device("cpu"))
     try:
         model, unused = VLV.from_weights(config, weights, config.learned, dtype=dtype, with_unet=with_unet)
     except ValueError as error:
@@ -161,15 +210,15 @@ def convert(args: ConvertConfig) -> None:
             raise
         raise ValueError(f"{names[ours]} is {tuple(weights[ours][...].shape)}, unlike {ours} here") from error
     unused = [names[name] for name in unused]
-    equal, different, unknown = compare(others, model)
+    equal, different, unknown = compare(others, table, model)
     if different:
         raise ValueError(f"{len(different)} frozen weights are not those of {args.encoder} and"
                          f" {args.diffusion_model}, such as {different[0]}: name the models that they were"
                          " trained with by --encoder and --diffusion_model")
     model.save_pretrained(args.out)
-    print(f"{args.out}: stage {stage}, {len(names) - len(unused):,} of their weights used, {equal:,} equal to"
-          f" the pretrained models', {len(unused + unknown)} without a place here")
-    for name in unused + unknown:
+    print(f"{args.out}: stage {stage}, {dtype}, {len(names) - len(unused):,} of their weights used,"
+          f" {equal:,} equal to the pretrained models', {len(unused + unknown)} without a place here")
+    for name in unused + unknown + left_out:
         print(f"not used: {name}")
 
 

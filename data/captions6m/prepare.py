@@ -6,7 +6,8 @@ caption) into tar shards of 384-pixel JPEGs and their captions. See readme.md fo
     hf download --repo-type dataset ccvl/LAION-High-Qualtiy-Pro-6M-VLV --local-dir captions6m-parquet
     python data/captions6m/prepare.py captions6m-parquet
 
-Each parquet file becomes one shard. A killed run goes on where it was, by the same command.
+Each parquet file becomes one shard; done.txt names those that are finished, also when their shard was moved
+away for validation. A killed run goes on where it was, by the same command.
 """
 
 import io
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.loader import open_image
-from data.settings import Pixels, read_settings, same_as_before
+from data.settings import Pixels, read_settings, same_as_before, write_atomically
+from vlv import open_image
 
 
 def shrink(data: bytes, size: int) -> bytes:
@@ -42,24 +43,29 @@ def shrink(data: bytes, size: int) -> bytes:
     return file.getvalue()
 
 
-def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[str]]:
-    """Writes the shard of one parquet file. Returns (number of samples, a sentence for each left out)."""
+def convert(names: tuple[Path, Path], size: int) -> tuple[int, list[str]]:
+    """Writes the shard of one parquet file, unless no row is good. names: of both. Returns (number of
+    samples, a sentence for each row left out). Raises ValueError."""
+    try:
+        return write_shard(*names, size)
+    except Exception as error:  # Arrow's do not name the file
+        raise ValueError(f"{names[0]}: {' '.join(str(error).split())}") from error
+
+
+def write_shard(path: Path, target: Path, size: int) -> tuple[int, list[str]]:
     import pyarrow.parquet as pq
 
-    target = out / f"{'-'.join(path.relative_to(source).with_suffix('').parts)}.tar"
-    if target.exists():
-        return 0, []
     count, problems, temporary = 0, [], target.with_suffix(".tmp")
     with pq.ParquetFile(path) as parquet, tarfile.open(temporary, "w") as tar:
         columns = parquet.schema_arrow.names
         if not {"image", "caption"} <= set(columns):
-            raise ValueError(f"{path} has no columns image and caption, only {', '.join(columns)}")
+            raise ValueError(f"it has no columns image and caption, only {', '.join(columns)}")
         batches = parquet.iter_batches(batch_size=64, columns=["image", "caption"])
         for row, sample in enumerate(sample for batch in batches for sample in batch.to_pylist()):
             image, caption = sample["image"], sample["caption"]
             image = image.get("bytes") if isinstance(image, dict) else image  # datasets' Image feature
             try:
-                if not isinstance(image, bytes) or not (caption and caption.strip()):
+                if not isinstance(image, bytes) or not isinstance(caption, str) or not caption.strip():
                     raise ValueError("no image bytes" if not isinstance(image, bytes) else "no caption")
                 members = [(".jpg", shrink(image, size)), (".txt", caption.strip().encode())]
             except Exception as error:  # whatever Pillow's plugins stumble over
@@ -70,7 +76,9 @@ def convert(path: Path, source: Path, out: Path, size: int) -> tuple[int, list[s
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             count += 1
-    os.replace(temporary, target)
+    if count:
+        os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)
     return count, problems
 
 
@@ -92,16 +100,30 @@ def main(argv=None):
     if not files:
         sys.exit(f"error: there are no parquet files in {args.parquet}; download them as {__file__} says")
     total = left_out = 0
+    names, empty, done_file = {}, [], args.out / "done.txt"
     try:
+        for path in files:
+            name = "-".join(path.relative_to(args.parquet).with_suffix("").parts)
+            if name in names:
+                raise ValueError(f"{names[name]} and {path} would both be {name}.tar: rename one")
+            names[name] = path
         same_as_before(args.out / "settings.json", {"image_size": args.image_size}, "choose another --out")
+        done = done_file.read_text(encoding="utf-8").splitlines() if done_file.exists() else []
+        todo = {n: p for n, p in names.items() if n not in done and not (args.out / f"{n}.tar").exists()}
         with ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file:
-            jobs = pool.map(partial(convert, source=args.parquet, out=args.out, size=args.image_size), files)
-            for count, problems in tqdm(jobs, total=len(files), unit=" files"):
+            pairs = [(path, args.out / f"{name}.tar") for name, path in todo.items()]
+            jobs = zip(todo, pool.map(partial(convert, size=args.image_size), pairs))
+            for name, (count, problems) in tqdm(jobs, total=len(todo), unit=" files"):
                 total, left_out = total + count, left_out + len(problems)
                 file.writelines(problem + "\n" for problem in problems)
-    except Exception as error:  # of a parquet file, or of the disk
-        sys.exit(f"error: {' '.join(str(error).split())}")
+                empty += [] if count else [names[name]]
+        finished = {*done, *(path.stem for path in args.out.glob("*.tar"))}
+        write_atomically(done_file, lambda file: file.write_text("".join(f"{n}\n" for n in sorted(finished))))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"done: {total:,} new samples in {args.out}; {left_out} left out, which left_out.txt names")
+    if empty:
+        sys.exit(f"error: {len(empty)} files gave no sample, such as {empty[0]}: see left_out.txt")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Did my run work? Draws real images again, from their embeddings and from their captions, and measures both.
 
-    pip install torch-fidelity pycocoevalcap      # the latter runs Java
+    pip install --no-deps torch-fidelity==0.4.0 && pip install pycocoevalcap==1.2      # the latter runs Java
     torchrun --nproc_per_node=8 data/caption.py data/coco/shards --ckpt out/stage2 --out captions
     torchrun --nproc_per_node=8 data/coco/evaluate.py --ckpt out/stage2 --captions captions
 
@@ -38,12 +38,12 @@ sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
 from data.distributed import all_gather, init_process_group, on_every_rank, quiet, rank_and_world_size
 from data.distributed import run_and_exit, select_device, select_dtype
-from data.loader import IMAGE_ENDINGS, crop_image, open_image, seeds_of
+from data.loader import IMAGE_ENDINGS, seeds_of
 from data.results import panel
 from data.run import checkpoint_fingerprint
 from data.settings import Count, NonNegative, Pixels, Steps, read_settings, same_as_before, write_atomically
 from data.settings import write_json
-from vlv import VLV, find_checkpoint, load, load_config
+from vlv import VLV, crop_image, find_checkpoint, load, load_config, open_image
 
 SHOWN = 8  # images of the sheet
 
@@ -74,6 +74,14 @@ def read_shard(path: Path, images: bool = True) -> list[tuple[str, bytes | None,
     return [(key, found.get(key), record["captions"]) for key, record in sorted(records.items())]
 
 
+def import_inception():
+    """torch-fidelity's module of FID's network. Not the whole package: that needs torchvision, and one that
+    does not fit the installed torch stops diffusers, too."""
+    package = importlib.util.module_from_spec(importlib.util.find_spec("torch_fidelity"))
+    sys.modules.setdefault("torch_fidelity", package)  # without running it
+    return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+
+
 class Networks:
     """What draws and what judges; each is loaded when it is first needed."""
 
@@ -101,12 +109,11 @@ class Networks:
 
     @cached_property
     def inception(self):
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
         path = str(self.args.inception)
         try:
             torch.load(path, weights_only=True)  # the library unpickles the file: it must hold only tensors
-            net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+            net = import_inception().FeatureExtractorInceptionV3
+            net = net("inception", ["2048"], feature_extractor_weights_path=path)
             return net.to(self.device)
         except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -175,11 +182,12 @@ def measure(networks: Networks, shard: Path, number: int, row: tuple, captions: 
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """FID of two sets of features, (n, D) each."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
-    statistics = [fid_features_to_statistics(features.double()) for features in (a, b)]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    """FID of two sets of features, (n, D) each: the distance of the Gaussians with their means and
+    covariances (Heusel et al. 2017, equation 6)."""
+    means = [features.double().mean(0) for features in (a, b)]
+    covariances = [torch.cov(features.double().T) for features in (a, b)]
+    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()  # trace of the square root
+    return ((means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * root).item()
 
 
 def score_captions(captions: dict[str, str], people: dict[str, list[str]]) -> dict[str, float]:
@@ -201,7 +209,7 @@ def check(args: EvaluateConfig) -> tuple[list[Path], dict | None, dict]:
     """(shards, captions or None, what people wrote). Raises ValueError or OSError if something is missing."""
     for package, name in [("torch_fidelity", "torch-fidelity"), ("pycocoevalcap", "pycocoevalcap")]:
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{name} is missing, install it with: pip install torch-fidelity pycocoevalcap")
+            raise ValueError(f"{name} is missing: install it as the top of {__file__} says")
     if not args.inception.is_file():
         raise ValueError(f"FID's Inception weights are not in {args.inception}; see data/coco/readme.md")
     shards = sorted(args.data.glob("*.tar"))

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,21 @@ class PrepareConfig:
     shard_size: Count = 250  # images: the piece of work that evaluate.py gives to a process
 
 
+@contextmanager
+def open_zip(path: Path):
+    """A zip file to read from. Raises ValueError, with its name, for one that is broken, encrypted or of an
+    unknown method."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def read_captions(path: Path) -> dict[str, dict]:
     """{file name: {"image_id", "captions"}} of the images with captions. Raises ValueError if the zip file is
     another one."""
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         name = next((n for n in archive.namelist() if Path(n).name == "captions_val2014.json"), None)
         if name is None:
             raise ValueError(f"{path} holds no captions_val2014.json, as annotations_trainval2014.zip does")
@@ -97,7 +109,7 @@ def main(argv=None):
     settings = dict(count=args.count, seed=args.seed, shard_size=args.shard_size)
     try:
         captions = read_captions(args.annotations)
-        with zipfile.ZipFile(args.images) as archive:
+        with open_zip(args.images) as archive:
             members = {Path(name).name: name for name in archive.namelist()}
             known = sorted(captions.keys() & members.keys())
             if len(known) < args.count:
@@ -109,7 +121,7 @@ def main(argv=None):
                 shard = args.out / f"{at // args.shard_size:05d}.tar"
                 if not shard.exists():
                     write_shard(shard, archive, samples[at : at + args.shard_size])
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"done: {args.count:,} images in {args.out}")
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import sys
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.coco.prepare import read_caption_lines
+from data.coco.prepare import open_zip, read_caption_lines
 from data.distributed import all_gather, exit_run, init_process_group, on_every_rank, quiet
 from data.distributed import rank_and_world_size, run_and_exit, select_device
 from data.results import TEXT
@@ -64,7 +63,7 @@ def accuracy(answer: str, people: list[str]) -> float:
 
 def read_zip(path: Path, key: str) -> list[dict]:
     """The list under `key` of the JSON file in a zip file. Raises ValueError if there is none."""
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         for name in archive.namelist():
             values = json.loads(archive.read(name)) if name.endswith(".json") else None
             if isinstance(values, dict) and isinstance(values.get(key), list):
@@ -140,7 +139,7 @@ def main(argv=None) -> None:
         init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
     try:
         questions, examples = all_gather(on_every_rank(lambda: choose(args) if rank == 0 else None))[0]
-    except (zipfile.BadZipFile, KeyError) as error:
+    except KeyError as error:
         exit_run(f"error: {args.questions} and {args.answers} are not as VQAv2's are: {error!r}")
     done = all_gather(read_answers(args.out))[0]
     todo = [question for question in questions if question["id"] not in done][rank::world_size]

@@ -40,9 +40,15 @@ def filter_metadata(source: Path, files: list[Path], folder: Path, max_images: i
 
     folder.mkdir(parents=True, exist_ok=True)
     count = read = 0
+    targets = {}
     for path in tqdm(files, desc="filtering", unit=" files"):
         target = folder / "-".join(path.relative_to(source).parts)
-        read += pq.read_metadata(path).num_rows
+        if targets.setdefault(target, path) != path:
+            raise ValueError(f"{targets[target]} and {path} would both be {target}: rename one")
+        try:
+            read += pq.read_metadata(path).num_rows
+        except Exception as error:  # Arrow's do not name the file
+            raise ValueError(f"{path} cannot be read: {error}") from error
         if target.exists():
             count += pq.read_metadata(target).num_rows
         else:
