@@ -8,10 +8,12 @@ Captions images and redraws them.
 
 prints "PATH: CAPTION" a line, and writes into --out for each image STEM.png (original | redrawn from the
 embedding | redrawn from the caption's text), a line {"image": ..., "caption": ..., "picture": "STEM.png"} of
-captions.jsonl, and index.html to look at them. Another call with the same --out adds to these, and replaces
-those of the same images.
+captions.jsonl, and index.html to look at them. Another call with the same --out does what is new or changed.
+Of a picture that is not square the centre is taken: --fit pad takes all of it.
 """
 
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -21,11 +23,12 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from data.distributed import quiet, select_device, select_dtype
+from data.distributed import quiet, select_device
 from data.loader import is_image, walk
-from data.results import Results, panel, report
+from data.results import Results, panel, report, write_beside, write_metadata
+from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, find_checkpoint, load_config, to_pixels
+from vlv import VLV, find_checkpoint, load_config, select_dtype
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 COMPANIONS = (".txt", ".json", ".jsonl", ".html")  # beside images, no others are missed
@@ -39,10 +42,17 @@ class SampleConfig:
     ckpt: str | None = None  # folder, or hub id that was downloaded; None: the newest in out/, else the toy
     out: Path = Path("samples")
     captions_only: bool = False  # no pictures, so neither UNet nor VAE is needed
+    overwrite: bool = False  # do again what was done before, of the same file and with the same settings
+    # Captions beside the images, too: NAME.txt, as kohya's trainer reads them, metadata.jsonl, as datasets.
+    beside: tuple[Literal["txt", "metadata"], ...] = ()
+    fit: Literal["crop", "pad", "squash"] = "crop"  # the centre square; all, on white; all, squeezed
     num_inference_steps: Steps = 50
     guidance_scale: Annotated[float, 0, 1000] = 2.0
     seed: NonNegative = 0  # of the noise that each picture starts from
     num_beams: Annotated[int, 1, 100] = 4
+    temperature: Annotated[float, 0, 100] = 0.0  # above 0: captions are sampled, without beams
+    top_p: Annotated[float, 0.001, 1] = 1.0  # sample from the likeliest tokens with so much probability
+    num_captions: Count = 1  # of each image, sampled; pictures are drawn from the first
     max_new_tokens: Count = 300  # a caption ends by itself, or here
     batch_size: Count = 8  # images at once
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
@@ -64,6 +74,10 @@ def choose_checkpoint(args: SampleConfig) -> Path:
         raise ValueError(f"--captions_only needs a stage-2 checkpoint, but {checkpoint} is one of stage 1")
     if args.mix and (args.images or args.captions_only):
         raise ValueError("--mix names its two images itself, and draws: leave images and --captions_only out")
+    if args.num_captions > 1 and not args.temperature:
+        raise ValueError("several captions of an image are sampled: add --temperature 1")
+    if args.beside and (args.mix or config.stage == 1):
+        raise ValueError("--beside writes captions of images: it needs stage 2, and no --mix")
     if args.split is not None and not args.mix:
         raise ValueError("--split needs --mix A B")
     if args.split is not None and args.split > config.num_queries:
@@ -97,16 +111,45 @@ def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[s
     return files, problems
 
 
-def read_images(paths: list[Path], size: int, resize: str) -> tuple[list, list[torch.Tensor], list[str]]:
-    """(paths, (3, size, size) uint8 images) of those that can be read, and a sentence for each other."""
+def read_images(paths: list[Path], model: VLV, fit: str) -> tuple[list, list[torch.Tensor], list[str]]:
+    """(paths, (3, S, S) uint8 images) of those that can be read, and a sentence for each other."""
     good, images, problems = [], [], []
     for path in paths:
         try:
-            images.append(to_pixels(path, size, resize))
+            images.append(model.pixels(path, fit)[0])
             good.append(path)
         except OSError as error:
             problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
     return good, images, problems
+
+
+def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
+    """What a result depends on, in short."""
+    names = ("captions_only", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
+             "temperature", "top_p", "num_captions", "max_new_tokens", "precision")
+    file = path.stat() if path.exists() else os.stat_result([0] * 10)
+    parts = [file.st_size, file.st_mtime_ns, fingerprint, *(getattr(args, name) for name in names)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def say(name: str, captions: list[str | None]) -> None:
+    for caption in captions:
+        said = " ".join((caption or "(no caption: stage 1)").split())
+        tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
+
+
+def write_captions(args: SampleConfig, files: list[Path], results: Results) -> list[str]:
+    """--beside: also of what was done before. Returns a sentence for each that cannot be written."""
+    captions = {path: results.records[str(path)]["caption"] for path in files if str(path) in results.records}
+    problems = []
+    for path, caption in captions.items() if "txt" in args.beside else ():
+        try:
+            write_beside(path, caption, args.overwrite)
+        except OSError as error:
+            problems.append(f"{error}")
+    if "metadata" in args.beside:
+        write_metadata(captions)
+    return problems
 
 
 @torch.inference_mode()
@@ -128,43 +171,61 @@ def main(argv=None) -> int:
     stage = model.config.stage
     print(f"checkpoint {checkpoint}, stage {stage}, {dtype} on {device.type}{toy}", file=sys.stderr)
     draw = [args.num_inference_steps, args.guidance_scale, args.seed]
-    size = 2 if args.mix else args.batch_size
+    names = ("num_beams", "temperature", "top_p", "max_new_tokens")
+    generate = {name: getattr(args, name) for name in names}
+    size, all_files = 2 if args.mix else args.batch_size, files
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    if not args.overwrite and not args.mix:
+        files = [path for path in files if not results.has(str(path), made_of(path, args, fingerprint))]
+    todo = {*files}
+    done = [results.records[str(path)] for path in all_files if path not in todo]
+    if done:
+        print(f"{len(done):,} are done already: --overwrite does them again", file=sys.stderr)
+    torch.manual_seed(args.seed)
     written = 0
     try:
+        for record in done:
+            say(record["image"], record.get("captions") or [record["caption"]])
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
-            config = model.config
-            paths, images, unreadable = read_images(files[at : at + size], config.image_size, config.resize)
+            paths, images, unreadable = read_images(files[at : at + size], model, args.fit)
             problems += unreadable
             if not images or (args.mix and len(images) < 2):
                 continue
-            token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
+            token_embeds = model.encoder(torch.stack(images))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
                 names, rows = [(" + ".join(map(str, paths)), "+".join(path.stem for path in paths))], [images]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
-            captions, columns = [None] * len(names), []
+            captions, columns = [[None]] * len(names), []
             if stage == 2:
-                captions = model.caption_head.generate(prompt_embeds, args.num_beams, args.max_new_tokens)
+                repeated = prompt_embeds.repeat_interleave(args.num_captions, 0)
+                texts = model.caption_head.generate(repeated, **generate)
+                captions = [texts[i : i + args.num_captions] for i in range(0, len(texts), args.num_captions)]
             if not args.captions_only:
                 columns.append(model.decoder.reconstruct(prompt_embeds, *draw))
                 if stage == 2:
-                    columns.append(model.decoder.reconstruct(captions, *draw))
-            for (name, stem), caption, row, *drawn in zip(names, captions, rows, *columns):
-                picture = panel([row + drawn], [caption or ""]) if drawn else None
-                results.add(name, caption, picture, stem)
+                    columns.append(model.decoder.reconstruct([texts[0] for texts in captions], *draw))
+            for (name, stem), texts, row, *drawn in zip(names, captions, rows, *columns):
+                picture = panel([row + drawn], [""]) if drawn else None
+                more = {"captions": texts} if len(texts) > 1 else {}
+                results.add(name, texts[0], picture, stem, **more, checkpoint=str(checkpoint),
+                            made_of=made_of(Path(name), args, fingerprint))
                 written += 1
-                said = " ".join((caption or "(no caption: stage 1)").split())
-                tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
+                say(name, texts)
         results.finish()
+        problems += write_captions(args, all_files, results)
     except BrokenPipeError:  # nobody reads what is printed any more, as in `sample.py photos | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
     if written:
-        what = "captions are" if args.captions_only else "pictures, captions.jsonl and index.html are"
+        what = "captions.jsonl and index.html are"
+        what = what if args.captions_only else f"pictures, {what}"
         print(f"{what} in {args.out}/", file=sys.stderr)
     return report(problems)
 

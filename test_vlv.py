@@ -1758,6 +1758,182 @@ def test_a_program_whose_stdout_is_closed_ends_well(tmp_path):
     assert result.returncode == 0 and (tmp_path / "out" / "captions.jsonl").exists(), result.stderr
 
 
+# --- what hands expect -------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_captioned_and_redrawn_in_one_call_each(tmp_path):
+    example = HERE / "data" / "shapes" / "example.png"
+    model = VLV.from_pretrained(TOY, dtype="auto", device="cpu")
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32
+    assert VLV.from_pretrained(TOY, dtype="bf16", with_unet=False).dtype == torch.bfloat16
+    expected = model.caption_head.generate(model.embed(model.pixels(example)))[0]
+    image = Image.open(example)
+    for kind in (example, str(example), image, np.asarray(image.convert("RGB")), model.pixels(example)[0]):
+        assert model.caption(kind) == expected
+    assert model.caption([example, image]) == [expected] * 2 == model.caption(torch.cat([model.pixels(example)] * 2))
+    drawn = model.reconstruct(example, num_inference_steps=2)
+    assert drawn.size == (32, 32) and model.reconstruct([example] * 2, num_inference_steps=2)[1].tobytes() == drawn.tobytes()
+    with pytest.raises(ValueError, match="dtype cannot be 'half'"):
+        VLV.from_pretrained(TOY, dtype="half")
+
+
+def test_a_stage_1_model_says_why_it_has_no_captions(tiny):
+    with pytest.raises(ValueError, match="a stage-1 model writes no captions"):
+        tiny_model(tiny).caption(tiny / "data" / "00.png")
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(vlv, "create_repo", lambda repo_id, **kwargs: calls.append((repo_id, kwargs)))
+    monkeypatch.setattr(vlv, "upload_folder", lambda repo_id, folder_path: {p.name for p in folder_path.iterdir()})
+    names = tiny_model(tiny).push_to_hub("me/mine", private=True)
+    assert calls == [("me/mine", dict(exist_ok=True, private=True))] and names == "{'" + "', '".join(
+        re.findall(r"'([^']+)'", names)) + "'}" and {"config.json", "model.safetensors", "README.md"} == set(re.findall(r"'([^']+)'", names))
+
+
+def test_importing_the_model_prints_and_warns_nothing():
+    result = subprocess.run([sys.executable, "-W", "always", "-c", "import vlv"], cwd=HERE, capture_output=True, text=True)
+    ours = [line for line in result.stderr.splitlines() if "vlv.py" in line]
+    assert not result.stdout and not ours and "torchvision" not in result.stderr
+
+
+def test_help_gives_each_settings_reason_and_default():
+    said = " ".join(subprocess.run([sys.executable, "train.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout.split())
+    for words in ("images a step, over all processes (default: 512 in stage 1, 64 in stage 2)", "the paper has none (default: 0)",
+                  "less memory, but slower", "a longer caption is cut", "(default: data/laion in stage 1, data/captions6m in stage 2)"):
+        assert words in said
+    from data.settings import comments_of
+
+    comments = comments_of(train.TrainConfig)
+    without = [field.name for field in dataclasses.fields(train.TrainConfig) if not comments.get(field.name)]
+    assert set(without) <= {"max_steps", "learning_rate", "beta1", "beta2", "weight_decay", "val_captions"}
+
+
+def test_stage_2s_losses_are_logged_apart(tiny, tmp_path):
+    run = train_tiny(tiny, tmp_path, stage=2, random_init=True, val_data=tiny / "val", eval_interval=2, eval_pictures=0)
+    for record in read_log(run):
+        kind = "val_" if "val_loss" in record else ""
+        parts = record[f"{kind}denoising_loss"] + record[f"{kind}caption_loss"]
+        assert record[f"{kind}loss"] == pytest.approx(parts, rel=1e-5)
+    stage1 = read_log(train_tiny(tiny, tmp_path, val_data=tiny / "val", eval_interval=2, eval_pictures=0))
+    assert not any("denoising_loss" in record or "val_denoising_loss" in record for record in stage1)
+    colors = {color for _, color in Image.open(run / "curves.png").convert("RGB").getcolors(100_000)}
+    assert {ImageColor.getrgb(color) for color in COLORS.values()} <= colors
+
+
+def test_a_run_is_evaluated_before_its_first_step_and_its_best_checkpoint_stays(tiny, tmp_path, capsys):
+    settings = dict(val_data=tiny / "val", eval_interval=1, save_interval=1, eval_pictures=0, eval_images=4)
+    run = train_tiny(tiny, tmp_path, max_steps=2, **settings)
+    losses = {record["step"]: record["val_loss"] for record in read_log(run) if "val_loss" in record}
+    assert list(losses) == [0, 1, 2]
+    # from here on it gets worse, and that is what it says
+    train_tiny(tiny, tmp_path, max_steps=8, resume=True, learning_rate=1.0, grad_clip=1e6, **settings)
+    losses = {record["step"]: record["val_loss"] for record in read_log(run) if record.get("val_loss")}
+    best = min((step for step in losses if step), key=losses.get)
+    assert best <= 6 and {path.name for path in checkpoints(run)} == {f"step-{step:06d}" for step in (best, 7, 8)}
+    said = capsys.readouterr().out
+    assert f"the best validation loss: step-{best:06d}" in said and "(the best so far)" in said
+
+
+@pytest.fixture
+def photos(tmp_path):
+    from prepare import draw, scenes
+
+    (tmp_path / "photos").mkdir()
+    for i, truth in enumerate(scenes("val", 3)):
+        draw(truth).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def sampled(photos: Path, *more) -> tuple[int, dict]:
+    """(sample.py's exit code, {image: its line})."""
+    arguments = [photos, "--ckpt", TOY, "--out", photos.parent / "out", "--captions_only", "--num_beams", 1, *more]
+    code = sample.main(list(map(str, arguments)))
+    lines = map(json.loads, (photos.parent / "out" / "captions.jsonl").open())
+    return code, {Path(line["image"]).name: line for line in lines}
+
+
+def test_what_is_done_is_not_done_again(photos, capsys, monkeypatch):
+    _, first = sampled(photos)
+    generated, generate = [], vlv.CaptionHead.generate
+    monkeypatch.setattr(vlv.CaptionHead, "generate", lambda self, c, **how: generated.append(len(c)) or generate(self, c, **how))
+    assert sampled(photos)[1] == first and not generated and "3 are done already" in capsys.readouterr().err
+    Image.open(photos / "0.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "1.png")  # changed
+    shutil.copy(photos / "2.png", photos / "3.png")  # new
+    _, second = sampled(photos)
+    assert generated == [2] and second["1.png"]["caption"] != first["1.png"]["caption"] and second["0.png"] == first["0.png"]
+    sampled(photos, "--overwrite")
+    sampled(photos, "--max_new_tokens", 5)
+    assert generated == [2, 4, 4]
+
+
+def test_captions_for_the_next_tool_lie_beside_the_images(photos, tiny, tmp_path):
+    (photos / "1.txt").write_text("my own")
+    (photos / "metadata.jsonl").write_text('{"file_name": "0.png", "tag": 7}\n{"file_name": "other.png", "text": "x"}\n')
+    code, lines = sampled(photos, "--beside", "txt", "metadata")
+    assert code == 1 and (photos / "1.txt").read_text() == "my own"
+    assert (photos / "0.txt").read_text() == lines["0.png"]["caption"] + "\n"
+    records = [json.loads(line) for line in (photos / "metadata.jsonl").open()]
+    assert records[:2] == [{"file_name": "0.png", "tag": 7, "text": lines["0.png"]["caption"]}, {"file_name": "other.png", "text": "x"}]
+    assert {r["file_name"]: r["text"] for r in records[2:]} == {n: lines[n]["caption"] for n in ("1.png", "2.png")}
+    assert sampled(photos, "--beside", "txt", "--overwrite")[0] == 0 and (photos / "1.txt").read_text() != "my own"
+    # and they train the next model, from the texts or from captions.jsonl
+    for number in range(3):
+        (photos / f"{number}.txt").unlink()
+    dataset = ImageTextDataset(photos, 32, with_captions=True, captions=str(tmp_path / "out"))
+    assert [dataset[i]["caption"] for i in range(3)] == [lines[f"{i}.png"]["caption"] for i in range(3)]
+    train_tiny(tiny, tmp_path / "run", stage=2, random_init=True, data=photos, captions=tmp_path / "out" / "captions.jsonl", max_steps=1)
+
+
+def test_captions_are_sampled_on_request(photos, capsys):
+    _, lines = sampled(photos, "--temperature", 1.5, "--num_captions", 3, "--seed", 1)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 9 and all(len(line["captions"]) == 3 and line["captions"][0] == line["caption"] for line in lines.values())
+    assert any(len(set(line["captions"])) > 1 for line in lines.values())
+    assert sampled(photos, "--temperature", 1.5, "--num_captions", 3, "--seed", 1, "--overwrite")[1] == lines
+    cold = sampled(photos, "--temperature", 0.001, "--overwrite")[1]
+    assert {n: line["caption"] for n, line in cold.items()} == {n: line["caption"] for n, line in sampled(photos, "--overwrite")[1].items()}
+    assert "add --temperature" in say_what_is_wrong([photos, "--ckpt", TOY, "--num_captions", 2], sample.main)
+
+
+def test_a_panorama_is_cropped_padded_or_squeezed_as_asked():
+    image = Image.new("RGB", (90, 30), "blue")
+    image.paste("red", (0, 0, 30, 30))
+    pixels = {fit: vlv.to_pixels(image, 30, fit=fit) for fit in ("crop", "pad", "squash")}
+    assert (pixels["crop"] == torch.tensor([0, 0, 255]).view(3, 1, 1)).all()
+    assert pixels["pad"][:, 0, 15].tolist() == [255] * 3 and pixels["pad"][:, 15, 3].tolist() == [255, 0, 0]
+    assert pixels["squash"][:, 0, 3].tolist() == [255, 0, 0] and pixels["squash"][:, 0, 25].tolist() == [0, 0, 255]
+
+
+def test_the_page_shows_each_caption_once_and_what_made_it(photos):
+    _, lines = sampled(photos)
+    page = (photos.parent / "out" / "index.html").read_text()
+    for name, line in lines.items():
+        assert page.count(f"{name}, by {TOY}") == 1 and f"file://{photos / name}" in page
+    assert page.count('<p dir="auto">') == 3
+
+
+def test_a_sheet_has_heads_over_its_columns_and_a_runs_pictures_the_true_captions(tiny, tmp_path, monkeypatch):
+    from data.results import panel
+
+    image = Image.new("RGB", (192, 192), "red")
+    plain, headed = (np.asarray(panel([[image, image]], ["a"], heads)) for heads in (None, ["one", "two"]))
+    assert np.array_equal(headed[18:], plain) and (headed[:18, :192] < 128).any() and (headed[:18, 196:] < 128).any()
+    shown = []
+    monkeypatch.setattr(train, "panel", lambda rows, captions: shown.extend(captions) or panel(rows, captions))
+    train_tiny(tiny, tmp_path, stage=2, random_init=True, val_data=tiny / "val", eval_pictures=2, max_steps=1)
+    assert [re.search(r"\(true: (.*)\)$", caption)[1] for caption in shown[:2]] == CAPTIONS[:2]
+
+
+def test_the_toys_config_shows_curves_early_and_a_card_names_its_base_models(tiny, tmp_path):
+    config = json.loads((HERE / "data" / "shapes" / "config.json").read_text())
+    assert config["eval_interval"] == config["save_interval"] == 200
+    tiny_model(tiny).save_pretrained(tmp_path / "share")
+    card = (tmp_path / "share" / "README.md").read_text()
+    assert "license:" in card and f"base_model: [{tiny / 'florence'}, {tiny / 'sd'}, {tiny / 'qwen'}]" in card
+    assert subprocess.run(["git", "check-ignore", "-q", "share/model.safetensors"], cwd=HERE).returncode in (0, 128)
+
+
 # --- whole data sets, captioned ----------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to r
 A flag overrides the JSON file of --config, the file overrides the checkpoint's settings, and these override
 the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two),
 log.jsonl, curves.png and step-000100.png (validation images, and what is redrawn of them).
+The checkpoint with the best validation loss is kept, too.
 """
 
 import dataclasses
@@ -28,12 +29,12 @@ from tqdm import tqdm
 from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group, init_worker
 from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
 from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
-from data.distributed import select_dtype, start_workers
+from data.distributed import start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared, micro_batches, seeds_of
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
-from vlv import VLV, VLVConfig, draw_noise, load_config
+from vlv import VLV, VLVConfig, draw_noise, load_config, select_dtype
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
 ONLY_NOW = ("resume", "accept_changes", "benchmark")  # no settings of a run: settings.json is for --config
@@ -85,6 +86,11 @@ RECIPE = {  # the paper's
     2: dict(batch_size=64, max_steps=100_000, learning_rate=1e-5, lr_schedule="linear",
             data="data/captions6m"),
 }
+
+
+def stage_defaults() -> dict[str, str]:
+    """The defaults of RECIPE in words, for --help."""
+    return {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
 
 
 def merge_settings(given: dict, saved: dict, world_size: int) -> TrainConfig:
@@ -195,21 +201,26 @@ def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def validation_loss(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> float:
+def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """The loss on the first validation images, which the processes share, with noise that depends on the
-    image alone. NaN if no image can be read."""
+    image alone; and its parts. NaN if no image can be read."""
     rank, world_size = rank_and_world_size()
     mine = list(range(min(config.eval_images, len(val_dataset))))[rank::world_size]
-    total = count = 0.0
+    totals, count = {}, 0
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
         batch = collate(items, noise_of(model, config))
         if not batch["unreadable"]:
-            total += loss_of(model, batch, device).item() * len(indices)
+            losses = {"loss": loss_of(model, batch, device), **model.losses}
+            for name in losses:
+                totals[name] = totals.get(name, 0.0) + losses[name].item() * len(indices)
             count += len(indices)
-    total, count = all_reduce([total, count], device)
-    return total / count if count else math.nan
+    names = max(all_gather([*totals]), key=len)  # a process whose images cannot be read has none
+    *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], device)
+    if len(names) == 2:  # one part is the whole
+        names = names[:1]
+    return {f"val_{name}": value / count for name, value in zip(names, sums)} or {"val_loss": math.nan}
 
 
 @torch.no_grad()
@@ -221,6 +232,8 @@ def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.de
     captions = [""] * len(images)
     if config.stage == 2:
         captions = model.caption_head.generate(prompt_embeds, max_new_tokens=config.max_caption_tokens)
+        truth = [val_dataset[i]["caption"] for i in range(count)]
+        captions = [f"{caption}  (true: {true})" for caption, true in zip(captions, truth)]
     return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
 
 
@@ -228,12 +241,14 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log
     """Logs the loss on the validation images, and the first of them redrawn and captioned."""
     model.eval()
     with autocast():
-        val_loss = validation_loss(model, val_dataset, config, device)
+        losses = validation_losses(model, val_dataset, config, device)
         if rank_and_world_size()[0] == 0 and config.eval_pictures:
             log.pictures(step, *draw_pictures(model, val_dataset, config, device))
     model.train()
-    log.scalars(step, val_loss=val_loss)
-    print_once(f"step {step:,}: validation loss {val_loss:.5f}")
+    log.scalars(step, **losses)
+    words = ", ".join(f"{name.removeprefix('val_')} {value:.5f}" for name, value in losses.items())
+    best = " (the best so far)" if log.best_step() == step else ""
+    print_once(f"step {step:,}: validation {words}{best}")
 
 
 def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, precision) -> str:
@@ -256,7 +271,7 @@ def main(argv=None, saves_on_signals: bool = False):
     quiet()
     rank, world_size = rank_and_world_size()
     try:
-        given = parse_with_file(TrainConfig, argv, __doc__)
+        given = parse_with_file(TrainConfig, argv, __doc__, stage_defaults())
         config = merge_settings(given, {}, world_size)
         device = select_device(config.device)
     except ValueError as error:
@@ -326,11 +341,11 @@ def main(argv=None, saves_on_signals: bool = False):
         collate_fn=partial(collate, draw_noise=noise_of(model, config))))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
-    losses = []  # of the steps since the last line of the log
+    losses = []  # (loss, its parts) of each micro-batch since the last line of the log
     skipped = not_finite = not_finite_in_a_row = 0
     reason = None  # why the run ends before its last step
-    was_due = resumes and (start % config.eval_interval == 0 or start == config.max_steps)
-    if was_due and val_dataset is not None and not log.has(start, "val_loss"):  # killed after its save
+    is_due = start % config.eval_interval == 0 or start == config.max_steps
+    if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # the first, or missed
         evaluate(model, val_dataset, config, device, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
@@ -351,9 +366,9 @@ def main(argv=None, saves_on_signals: bool = False):
             with autocast():
                 loss = loss_of(ddp, batch, device)
             (loss / grad_accum_steps).backward()
-            step_losses.append(loss.detach())
+            step_losses.append(torch.stack([loss.detach(), *model.losses.values()]))
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
-        is_finite = torch.stack([grad_norm, *step_losses]).isfinite().all()
+        is_finite = torch.stack([grad_norm, *(part[0] for part in step_losses)]).isfinite().all()
         flags = [~is_finite, bool(exit_reasons), bool(unreadable)]  # all must decide alike
         bad, stop, failed = all_reduce(flags, device, dist.ReduceOp.MAX)
         if failed:
@@ -376,12 +391,14 @@ def main(argv=None, saves_on_signals: bool = False):
             causes = " and ".join(sorted({cause for causes in all_gather(exit_reasons) for cause in causes}))
             reason = f"stopped by {causes} after step {step:,}"
         if step % config.log_interval == 0 or is_last:
-            loss_sum, count, all_skipped = all_reduce([sum(losses), len(losses), skipped], device)
-            mean_loss = loss_sum / count if count else math.nan
+            sums = sum(losses) if losses else torch.zeros(1 + len(model.losses))
+            *sums, count, all_skipped = all_reduce([*sums, len(losses), skipped], device)
+            mean_loss, *parts = [value / count if count else math.nan for value in sums]
             losses = []
             speed = meter.since_logged()
             bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
-            log.scalars(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), **speed,
+            parts = dict(zip(model.losses, parts)) if len(parts) > 1 else {}
+            log.scalars(step, loss=mean_loss, **parts, lr=lr, grad_norm=grad_norm.item(), **speed,
                         skipped=int(all_skipped), non_finite_steps=int(not_finite))
             seen = (step - start) * config.batch_size
             if all_skipped > 10 + 0.01 * seen:
@@ -402,7 +419,9 @@ def main(argv=None, saves_on_signals: bool = False):
     bar.close()
     if checkpointer.problem:
         exit_run("error: the run is done, but could not be saved; fix that and add --resume", run_dir)
-    print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}")
+    best = log.best_step()
+    better = f"; the best validation loss: step-{best:06d}" if best not in (None, config.max_steps) else ""
+    print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}{better}")
     if world_size > 1:
         dist.barrier()
     if locked:

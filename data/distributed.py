@@ -70,18 +70,6 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def select_dtype(precision: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
-    """precision: fp32, bf16, fp16 or auto: bf16 on GPUs that have it and, for a large checkpoint, on CPUs."""
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        files = checkpoint.glob("model*.safetensors") if checkpoint else []
-        bf16 = sum(file.stat().st_size for file in files) > 500e6
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
     """Joins the other processes. timeout: how long one waits for another, which may be indexing data."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))

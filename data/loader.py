@@ -61,6 +61,22 @@ def is_image(path: Path) -> bool:
         return False
 
 
+def read_captions(path: Path) -> dict[Path, bytes]:
+    """{image file: caption} of the captions.jsonl that sample.py writes, or of a folder with it. Raises
+    ValueError."""
+    path, found = path / "captions.jsonl" if path.is_dir() else path, {}
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            record = json.loads(line)
+            if record["caption"]:
+                found[Path(record["image"]).resolve()] = record["caption"].encode()
+    except OSError as error:
+        raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, line {number}, is none with image and caption") from error
+    return found
+
+
 def decode_text(data: bytes) -> str:
     """Raises OSError for what is not UTF-8."""
     try:
@@ -74,10 +90,10 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
     without one is unreadable. captions: data/caption.py's --out for the shards, to replace their texts;
-    images without a line there are left out. latents_of: the text-to-image model whose moments
-    data/latents.py has computed ahead; None: no moments. `fingerprint` is the same as long as the samples
-    are; `problems` are sentences about what is there and cannot be used. Raises ValueError if there is
-    nothing to read."""
+    images without a line there are left out; for a folder of images sample.py's captions.jsonl. latents_of:
+    the text-to-image model whose moments data/latents.py has computed ahead; None: no moments. `fingerprint`
+    is the same as long as the samples are; `problems` are sentences about what is there and cannot be used.
+    Raises ValueError if there is nothing to read."""
 
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
@@ -89,8 +105,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
         files, self.problems = walk(self.folder)
         self.shards, self.captions = [path for path in files if path.suffix == ".tar"], None
         self.files = [path for path in files if is_image(path)]
-        if captions:
-            if not self.shards or not Path(captions).is_dir():
+        if captions and not self.shards:
+            lines = read_captions(Path(captions))
+            self.files = [path for path in self.files if path.resolve() in lines]
+            self.texts = [lines[path.resolve()] for path in self.files]
+        elif captions:
+            if not Path(captions).is_dir():
                 raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
             names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
             self.captions = [Path(captions) / name for name in names]
@@ -104,8 +124,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
         else:
             names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
             self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-            texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-            self.texts = [texts.get(path.with_suffix("")) for path in self.files]
+            if not captions:
+                texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+                self.texts = [texts.get(path.with_suffix("")) for path in self.files]
             with_text, lacks = len(self.texts) - self.texts.count(None), "no image has a NAME.txt beside it"
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):

@@ -18,9 +18,9 @@ from data.settings import printable, write_atomically
 TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def panel(rows: list[list], captions: list[str]) -> Image.Image:
+def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
     """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its
-    caption. Small images are enlarged pixel by pixel."""
+    caption, with heads over the columns. Small images are enlarged pixel by pixel."""
     as_image = lambda i: i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i.permute(1, 2, 0)))
     rows = [[as_image(image) for image in row] for row in rows]
     side = max(1, 192 // rows[0][0].width) * rows[0][0].width
@@ -30,8 +30,11 @@ def panel(rows: list[list], captions: list[str]) -> Image.Image:
     captions = [c if can_draw(c) else "(caption not drawn: letters that this font lacks)" for c in captions]
     texts = [textwrap.wrap(caption, max(10, width // 8)) for caption in captions]
     heights = [side + 4 + (line * len(text) + 6 if text else 0) for text in texts]
-    sheet = Image.new("RGB", (width, sum(heights) - 4 * (not texts[-1])), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
+    height = sum(heights) - 4 * (not texts[-1]) + (line if heads else 0)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(sheet), line if heads else 0
+    for column, head in enumerate(heads or []):
+        draw.text((column * (side + 4) + 4, 0), head, "black", font)
     for row, text, height in zip(rows, texts, heights):
         for column, image in enumerate(row):
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (column * (side + 4), top))
@@ -53,7 +56,7 @@ def read_records(path: Path) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-            records.append({key: record[key] for key in ("image", "caption", "picture")})
+            records.append({key: record[key] for key in ("image", "caption", "picture")} | record)
         except (ValueError, KeyError, TypeError):
             if line.endswith("\n"):
                 raise ValueError(f"{path} was not written by this program: choose another --out") from None
@@ -69,10 +72,36 @@ def report(problems: list[str]) -> int:
     return 1 if problems else 0
 
 
+def write_beside(image: Path, caption: str, overwrite: bool) -> None:
+    """NAME.txt beside the image. Raises OSError if a file with another text is there, unless overwrite."""
+    path = image.with_suffix(".txt")
+    before = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else caption
+    if before != caption and not overwrite:
+        raise OSError(f"{path} holds another text, and stays; --overwrite replaces it")
+    write_lines(path, [caption])
+
+
+def write_metadata(captions: dict[Path, str]) -> None:
+    """metadata.jsonl in each image's folder, as `datasets` reads a folder of images; what it already says of
+    other images stays. Raises ValueError for a file of another kind."""
+    for folder in {image.parent for image in captions}:
+        path, lines = folder / "metadata.jsonl", {}
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+                record = json.loads(line)
+                lines[record["file_name"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is none of images, and stays") from error
+        for image, caption in captions.items():
+            if image.parent == folder:
+                lines[image.name] = lines.get(image.name, {}) | {"file_name": image.name, "text": caption}
+        write_lines(path, [json.dumps(record, ensure_ascii=False) for record in lines.values()])
+
+
 class Results:
-    """captions.jsonl, a line {"image", "caption", "picture"} for each image; the pictures that it names; and
-    index.html, which shows them. Other files in the folder stay. Raises ValueError for another program's
-    captions.jsonl, OSError if something cannot be written."""
+    """captions.jsonl, a line {"image", "caption", "picture", "checkpoint", "made_of"} for each image; the
+    pictures that it names; and index.html, which shows them. Other files in the folder stay. Raises
+    ValueError for another program's captions.jsonl, OSError if something cannot be written."""
 
     def __init__(self, folder: Path):
         self.lock = lock(folder)  # two calls at a time would each take the other's lines away
@@ -85,9 +114,15 @@ class Results:
         """The names of all pictures that were drawn."""
         return {record["picture"] for record in self.records.values() if record["picture"]}
 
-    def add(self, image: str, caption: str | None, picture: Image.Image | None = None, stem="") -> None:
+    def has(self, image: str, made_of: str) -> bool:
+        """Whether this image's result is there, made of the same file, checkpoint and settings."""
+        record = self.records.get(image, {})
+        whole = not record.get("picture") or (self.folder / record["picture"]).exists()
+        return record.get("made_of") == made_of and whole
+
+    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> None:
         """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
-        that is another's."""
+        that is another's. more: what else the line says."""
         name = self.records.pop(image, {"picture": None})["picture"]
         if picture is not None:
             name = name or self.free_name(stem)
@@ -95,7 +130,7 @@ class Results:
         elif name:  # it shows another caption
             (self.folder / name).unlink(missing_ok=True)
             name = None
-        self.records[image] = {"image": image, "caption": caption, "picture": name}
+        self.records[image] = {"image": image, "caption": caption, "picture": name} | more
         with open(self.path, "a", **TEXT) as file:
             file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
 
@@ -111,15 +146,19 @@ class Results:
         if self.records:
             write_lines(self.path, [json.dumps(r, ensure_ascii=False) for r in self.records.values()])
         page = self.folder / "index.html"
-        if self.pictures and (not page.exists() or page.read_text(errors="replace").startswith(PAGE[:39])):
-            write_lines(page, [PAGE, *(figure(r) for r in self.records.values() if r["picture"])])
+        if self.records and (not page.exists() or page.read_text(errors="replace").startswith(PAGE[:39])):
+            write_lines(page, [PAGE, *(figure(record) for record in self.records.values())])
 
 
 def figure(record: dict) -> str:
     """A row of the page. Pictures off the screen are not loaded, so that a browser takes thousands."""
-    source, caption = quote(os.fsencode(record["picture"])), html.escape(record["caption"] or "")
-    return (f'<figure><img src="{source}" alt="" loading="lazy" decoding="async"><figcaption>'
-            f'<p dir="auto">{caption}</p><code>{html.escape(record["image"])}</code></figcaption></figure>')
+    source = quote(os.fsencode(record["picture"] or os.path.abspath(record["image"])))
+    source = source if record["picture"] else f"file://{source}"
+    captions = "".join(f'<p dir="auto">{html.escape(text)}</p>' for text in record.get("captions") or
+                       [record["caption"] or ""])
+    about = html.escape(f"{record['image']}, by {record.get('checkpoint', 'an unknown checkpoint')}")
+    return (f'<figure><img src="{source}" alt="" loading="lazy" decoding="async"><figcaption>{captions}'
+            f"<code>{about}</code></figcaption></figure>")
 
 
 PAGE = """<!doctype html><!-- made by vlv -->
@@ -127,6 +166,7 @@ PAGE = """<!doctype html><!-- made by vlv -->
 <style>
   body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem }
   figure { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0; padding: 1rem 0; border-top: 1px solid #ccc }
-  img { max-width: 100% } figcaption { flex: 1 1 18rem; overflow-wrap: anywhere } code { color: #777 }
+  img { max-width: 100%; max-height: 24rem }
+  figcaption { flex: 1 1 18rem; overflow-wrap: anywhere } code { color: #777 }
 </style>
-<p>Each row: the image, redrawn from its embedding, redrawn from its caption; and the caption.</p>"""
+<p>Each row: the image; redrawn from its embedding and from its caption, where asked for; the caption.</p>"""

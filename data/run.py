@@ -1,7 +1,7 @@
 """
 A training run: where it starts, its checkpoints, log and speed. Its folder is OUT_DIR/stage1 or stage2:
 
-    step-000100/        a checkpoint, complete or absent; the last two are kept
+    step-000100/        a checkpoint, complete or absent; the last two and the best are kept
         config.json, model.safetensors       for VLV.from_pretrained; of 8 processes 8 files
         trainer.json, optimizer.safetensors  to go on from: the step, and AdamW's state by parameter name
     saving/             the next checkpoint, not complete yet
@@ -31,7 +31,9 @@ from data.settings import read_json, write_json, write_atomically
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
 PATIENCE = 1800  # seconds that a run waits for a batch
-COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
+COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png; lighter: the parts of stage 2's loss
+COLORS |= {"denoising_loss": "#7fb2e5", "val_denoising_loss": "#f0a3ad"}
+COLORS |= {"caption_loss": "#55b59a", "val_caption_loss": "#e0a13c"}
 
 
 def checkpoint_fingerprint(checkpoint: Path) -> str:
@@ -172,7 +174,8 @@ class Checkpointer:
                 problems = [str(error)]
             shutil.rmtree(folder, ignore_errors=True)
             older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
-            for old in older[:-1] if not problems else []:
+            best = best_step(self.run_dir)
+            for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problems else []:
                 with suppress(OSError):  # one that cannot be removed harms nothing
                     os.rename(old, folder)  # no half of it counts as a checkpoint
                     shutil.rmtree(folder)
@@ -216,6 +219,10 @@ class Log:
         records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
         return all_gather(any(record["step"] == step and name in record for record in records))[0]
 
+    def best_step(self) -> int | None:
+        """See best_step; the same on every rank."""
+        return all_gather(best_step(self.run_dir) if self.run_dir and self.is_writer else None)[0]
+
     def curves(self) -> None:
         self.write("curves.png", lambda path: draw_curves(path, read_log(self.run_dir / "log.jsonl")))
 
@@ -247,6 +254,14 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def best_step(run_dir: Path) -> int | None:
+    """The step with the least validation loss of those that are saved."""
+    records = [r for r in read_log(run_dir / "log.jsonl") if r.get("val_loss") is not None]
+    saved = {int(path.name[5:]) for path in checkpoints(run_dir)}
+    best = min([r for r in records if r["step"] in saved], key=lambda r: r["val_loss"], default=None)
+    return best and best["step"]
+
+
 def cut_log(path: Path, start: int) -> None:
     lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
     if path.exists() and "".join(lines) != path.read_text():
@@ -254,11 +269,12 @@ def cut_log(path: Path, start: int) -> None:
 
 
 def draw_curves(path: Path, records: list[dict]) -> None:
-    """Draws the losses in records, the lines of log.jsonl: of training in blue, of validation in red."""
+    """Draws the losses in records, the lines of log.jsonl."""
     width, height = 1200, 800
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
     lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in COLORS}
+    lines = {name: line for name, line in lines.items() if line or name == "loss"}
     points = [point for line in lines.values() for point in line] or [(0, 0.0)]
     (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
     left, right, top, bottom = 120, width - 40, 80, height - 60
@@ -270,7 +286,7 @@ def draw_curves(path: Path, records: list[dict]) -> None:
         draw.text((x, bottom + 12), f"{first + part * (last - first):.0f}", "black", font, "ma")
     for number, (name, line) in enumerate(lines.items()):
         pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
-        draw.text((left + 150 * number, 24), name, COLORS[name], font)
+        draw.text((left + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
         for x, y in pixels[-1:]:
             draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLORS[name])

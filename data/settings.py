@@ -5,9 +5,11 @@ position.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
@@ -43,22 +45,40 @@ def convert(text: str, kind):
         raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {describe(kind)}") from None
 
 
-def parse(cls, argv, doc: str, **more: str) -> dict:
-    """The values that arguments give, by field, and those of `more`, {flag: its help}. Raises ValueError."""
+def comments_of(cls) -> dict[str, str]:
+    """The comment of each field of a dataclass: above it, or at the end of its line."""
+    found, above = {}, []
+    for base in cls.__mro__[-2::-1]:
+        for line in inspect.getsource(base).splitlines():
+            code, _, comment = line.partition("# ")
+            name, colon, _ = code.partition(":")
+            if colon and name.strip().isidentifier() and name.startswith("    ") and name[4] != " ":
+                found[name.strip()], above = " ".join([*above, comment]).strip(), []
+            elif not code.strip():
+                above = [*above, comment] if comment else []
+    return found
+
+
+def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dict:
+    """The values that arguments give, by field, and those of `more`, {flag: its help}. defaults: {field: its
+    default in words}, where it is not one value. Raises ValueError."""
+    comments, defaults = comments_of(cls), defaults or {}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    fill = lambda text: textwrap.fill(text, 80).replace("%", "%%")
     for field in fields(cls):
         kind = field.type
         if NoneType in get_args(kind):  # int | None
             kind = next(k for k in get_args(kind) if k is not NoneType)
         items = get_args(kind) if get_origin(kind) is tuple else (kind,)
-        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": describe(items[0])}
+        about = "; ".join(text for text in (describe(items[0]), comments.get(field.name)) if text)
+        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": fill(about)}
         if get_origin(kind) is tuple:
             options["nargs"] = "*" if Ellipsis in items else len(items)
         if field.default is MISSING:
             parser.add_argument(field.name, **options, **({"default": []} if Ellipsis in items else {}))
             continue
-        options["help"] = f"{options['help']}; default: {field.default}".replace("%", "%%")
+        options["help"] = fill(f"{about} (default: {defaults.get(field.name, field.default)})")
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
         parser.add_argument(f"--{field.name}", **options)
@@ -87,10 +107,11 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def parse_with_file(cls, argv, doc: str) -> dict:
+def parse_with_file(cls, argv, doc: str, defaults: dict | None = None) -> dict:
     """The values that flags and the JSON file of --config give; flags go before the file. It is read as
     flags, too, and may have values of one stage under stage1 or stage2. Raises ValueError."""
-    given = parse(cls, argv, doc, config="JSON file with settings; those of one stage under stage1 or stage2")
+    about = "JSON file with settings; those of one stage under stage1 or stage2"
+    given = parse(cls, argv, doc, defaults, config=about)
     if "config" not in given:
         return given
     path = given.pop("config")

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.distributed import quiet, select_dtype
+from data.distributed import quiet
 from data.settings import Count, Pixels, printable, read_json, read_settings
-from vlv import VLV, VLVConfig, load
+from vlv import VLV, VLVConfig, load, select_dtype
 
 LEARNED = [  # theirs -> ours
     (r"query_embed", "encoder.queries.weight"),

@@ -37,13 +37,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
 from data.distributed import all_gather, init_process_group, on_every_rank, quiet, rank_and_world_size
-from data.distributed import run_and_exit, select_device, select_dtype
+from data.distributed import run_and_exit, select_device
 from data.loader import IMAGE_ENDINGS, seeds_of
 from data.results import panel
 from data.run import checkpoint_fingerprint
 from data.settings import Count, NonNegative, Pixels, Steps, read_settings, same_as_before, write_atomically
 from data.settings import write_json
-from vlv import VLV, crop_image, find_checkpoint, load, load_config, open_image
+from vlv import VLV, crop_image, find_checkpoint, load, load_config, open_image, select_dtype
 
 SHOWN = 8  # images of the sheet
 
@@ -264,10 +264,10 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
     write_json(args.out / "results.json", dict(images=len(people), captions=scores, drawn=drawn))
     columns = [read_parts(args, row, shards[:1], "pictures") for row in rows]
     keys = [key for key, _, _ in read_shard(shards[0], images=False)][:SHOWN]
-    sheet = panel([list(pictures) for pictures in zip(*columns)], [shown[key] for key in keys])
+    heads = [" ".join(str(part) for part in row if part) for row in rows]
+    sheet = panel([list(pictures) for pictures in zip(*columns)], [shown[key] for key in keys], heads)
     write_atomically(args.out / "sheet.png", lambda path: sheet.save(path, "png"))
-    names = ", ".join(" ".join(str(part) for part in row if part) for row in rows)
-    print(f"results.json and sheet.png are in {args.out}; its columns: {names}")
+    print(f"results.json and sheet.png are in {args.out}")
 
 
 def main(argv=None) -> None:
