@@ -24,14 +24,13 @@ import torch
 from tqdm import tqdm
 
 from data.distributed import quiet, select_device
-from data.loader import is_image, walk
+from data.loader import COMPANIONS, is_image, is_shard, packed, walk
 from data.results import Results, panel, report, write_beside, write_metadata
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
 from vlv import VLV, find_checkpoint, load_config, select_dtype
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
-COMPANIONS = (".txt", ".json", ".jsonl", ".html")  # beside images, no others are missed
 
 
 @dataclass
@@ -93,8 +92,8 @@ def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[s
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
         there, out_of_reach = walk(name) if name.is_dir() else ([name], [])
         found = [path for path in there if path.resolve() not in drawn and (path == name or is_image(path))]
-        shards = [path for path in there if path.suffix == ".tar"]
-        problems += out_of_reach
+        shards = [path for path in there if is_shard(path)]
+        problems += out_of_reach + packed(there)
         if shards:
             problems.append(f"{shards[0]}: for shards there is python data/caption.py {name} --out captions")
         elif not name.exists():

@@ -6,9 +6,9 @@ Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to r
     torchrun --nproc_per_node=8 train.py --stage 2 --resume            # go on where a killed run was
 
 A flag overrides the JSON file of --config, the file overrides the checkpoint's settings, and these override
-the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints, the last two),
-log.jsonl, curves.png and step-000100.png (validation images, and what is redrawn of them).
-The checkpoint with the best validation loss is kept, too.
+the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2): step-000100/ (checkpoints: the last two, and
+the one with the best validation loss), log.jsonl, curves.png and step-000100.png (validation images, and what
+is redrawn of them).
 """
 
 import dataclasses
@@ -310,7 +310,7 @@ def main(argv=None, saves_on_signals: bool = False):
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
     optimizer, params, ddp = make_optimizer(model, config, world_size)
-    names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size")
+    names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size", "resize")
     started_with = {name: getattr(config, name) for name in names}
     started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
     checkpointer = Checkpointer(run_dir, model, optimizer, started_with)

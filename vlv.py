@@ -16,7 +16,6 @@ Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model
 
 import dataclasses
 import errno
-import io
 import json
 import math
 import os
@@ -139,7 +138,10 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8."""
+    """Any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8. Raises ValueError if it has no
+    pixels."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     with suppress(Exception):  # it is turned first; then metadata that is wrong may raise anything
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
@@ -157,15 +159,14 @@ def open_image(file, size: int | None = None) -> Image.Image:
     smaller. Raises OSError."""
     try:
         with Image.open(file) as image:
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
             if size:
                 image.draft("RGB", (size, size))
             image.load()
             return to_rgb(image)
     except UnidentifiedImageError as error:  # its own text names an object in memory
-        head = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-        hint = "; HEIC needs: pip install pillow-heif" if head[4:12] in HEIC else ""
+        opened = open(file, "rb") if isinstance(file, (str, os.PathLike)) else file
+        opened.seek(4)
+        hint = "; HEIC needs: pip install pillow-heif" if opened.read(8) in HEIC else ""
         raise OSError(f"broken image: its format is unknown{hint}") from error
     except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
         raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
@@ -195,10 +196,13 @@ def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") ->
     """Any picture as the (3, size, size) uint8 tensor that a model takes: upright, its centre square.
 
     picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize,
-    fit: see VLVConfig and crop_image. Raises OSError for what cannot be read."""
+    fit: see VLVConfig and crop_image. Raises OSError for what cannot be read, ValueError for other kinds."""
     if isinstance(picture, torch.Tensor):
-        picture = picture.permute(1, 2, 0).cpu().numpy()
+        picture = picture.cpu().movedim(0, -1).numpy()
     if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"a picture is {picture.dtype} {picture.shape}, but must be uint8 (H, W, 3), or"
+                             " a tensor (3, H, W)")
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return crop_image(to_rgb(picture.copy()), size, resize, fit)
@@ -573,31 +577,39 @@ class VLV(nn.Module):
         model, names in `weights` that the model does not have). Raises ValueError for what does not fit.
         """
         learned_dtype, random = torch.float32 if for_training else dtype, config.random_init
+        needed = tuple(PREFIXES[part] for part in required if part != "llm")  # the LLM is checked by load_llm
+
+        def fill(module: nn.Module, prefix: str) -> None:
+            names = [n for n in weights if n.startswith(prefix) and not n.startswith(PREFIXES["llm"])]
+            state = {n.removeprefix(prefix): weights[n][...].to(learned_dtype) for n in names}
+            try:
+                missing = module.load_state_dict(state, strict=False, assign=True).missing_keys
+            except RuntimeError as error:  # shapes that differ, each on a line of its own
+                text = str(error).split("\n")[1].strip()
+                raise ValueError(text.replace("mismatch for ", f"mismatch for {prefix}")) from error
+            for name in missing:
+                if (prefix + name).startswith(needed):
+                    raise ValueError(f"{prefix}{name} is missing")
+
         decoder = DiffusionDecoder(config, load_pipeline(config.diffusion_model, random, dtype, with_unet))
+        fill(decoder, "decoder.")
         embed_dim = decoder.text_encoder.config.hidden_size
         florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype)
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
         image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
         encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, embed_dim)
+        for part in ENCODER_PARTS:
+            getattr(encoder, part).to(learned_dtype)
+        encoder.davit.to(dtype)
+        fill(encoder, "encoder.")  # before the LLM is there, for less memory
         caption_head = None
         if config.stage == 2:
             has_llm = any(name.startswith(PREFIXES["llm"]) for name in weights)
             llm_dtype = learned_dtype if has_llm or "llm" in config.trains else dtype
             caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
+            caption_head.mlp.to(learned_dtype)
+            fill(caption_head, "caption_head.")
         model = cls(config, encoder, decoder, caption_head)
-        for name, part in model.parts().items():
-            if name in ENCODER_PARTS + ("mlp",):
-                part.to(learned_dtype)
-        encoder.davit.to(dtype)
-        # the LLM has its weights already
-        state = {n: w[...].to(learned_dtype) for n, w in weights.items() if not n.startswith(PREFIXES["llm"])}
-        try:
-            missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
-        except RuntimeError as error:  # shapes that differ, each on a line of its own
-            raise ValueError(str(error).split("\n")[1].strip()) from error
-        for name in missing:
-            if name.startswith(tuple(PREFIXES[part] for part in required if part != "llm")):
-                raise ValueError(f"{name} is missing")
         model.loaded = {part for part in PREFIXES if any(n.startswith(PREFIXES[part]) for n in weights)}
         return model.to(device).eval(), sorted(weights.keys() - model.state_dict().keys())
 

@@ -10,8 +10,8 @@ takes tar files and folders of them. For each there is one file in --out, comple
     .parts/             what is not finished, and what of each shard cannot be read
 
 A killed call goes on by the same command. Each process captions shards of its own, in batches that are always
-the same images: so the captions are the same, however often the work is stopped. To caption a shard anew,
-remove its file.
+the same images: so the captions are the same, however often the work is stopped. A shard that is newer than
+its captions is captioned again.
 """
 
 import fcntl
@@ -30,9 +30,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import init_process_group, init_worker, on_every_rank, quiet, run_and_exit
-from data.distributed import rank_and_world_size, exit_reasons, select_device, start_workers
-from data.loader import read_shard
+from data.distributed import init_process_group, init_worker, on_every_rank, print_once, quiet
+from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
+from data.loader import is_shard, packed, read_shard, walk
 from data.results import TEXT, report, write_lines
 from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
@@ -59,6 +59,10 @@ class Shard:
     def __init__(self, path: Path, name: str, out: Path):
         self.path, self.name, self.final = path, name, out / f"{name}.jsonl"
         self.part, self.unreadable = out / ".parts" / f"{name}.jsonl", out / ".parts" / f"{name}.txt"
+
+    def is_done(self) -> bool:
+        """Whether its captions are complete, and not older than the shard."""
+        return self.final.exists() and self.final.stat().st_mtime >= self.path.stat().st_mtime
 
     def start(self, batch_size: int):
         """Opens the unfinished captions, for this process alone; one that outlives a killed call is waited
@@ -92,8 +96,13 @@ def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
     """Raises ValueError for a name without shards, or if two shards would have one captions file."""
     found = {}
     for name in names:
-        paths = sorted(name.rglob("*.tar")) if name.is_dir() else [name]
-        if not paths or not all(path.is_file() and path.suffix == ".tar" for path in paths):
+        files, problems = walk(name) if name.is_dir() else ([name], [])
+        paths = [path for path in files if is_shard(path)]
+        for problem in problems:
+            print_once(problem)
+        if packed(files):
+            raise ValueError("; ".join(packed(files)))
+        if not paths or not all(path.is_file() for path in paths):
             raise ValueError(f"{name}: no tar shards are there; sample.py captions images")
         for path in paths:
             relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
@@ -142,7 +151,7 @@ def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
 def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):
     """Captions what is left of a shard. Yields after each batch: how many images, seconds waited for them."""
     file, done = shard.start(args.batch_size)
-    if shard.final.exists():  # the process that held the file has finished it
+    if shard.is_done():  # the process that held the file has finished it
         shard.part.unlink(missing_ok=True)
         return
     keys, spans, problems, left_out = read_shard(shard.path)
@@ -180,7 +189,7 @@ def main(argv=None) -> int:
     if world_size > 1:
         init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
     checkpoint, shards = on_every_rank(lambda: prepare(args))
-    mine = [shard for shard in shards if not shard.final.exists()][rank::world_size]
+    mine = [shard for shard in shards if not shard.is_done()][rank::world_size]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
     count, waited, start, unreadable = 0, 0.0, time.perf_counter(), []

@@ -98,9 +98,9 @@ def note_signals() -> None:
 
 
 def init_worker(worker: int) -> None:
-    """For a data loader's workers. Signals reach them, too, but the step that is under way needs them; so
-    they end with the process that started them, also where they wait for a pipe that nobody reads any
-    more."""
+    """For the workers of a loader that start_workers starts. Signals reach them, too, but the step that is
+    under way needs them; so they end with the process that started them, also where they wait for a pipe that
+    nobody reads any more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # through a pipe: shared memory may be small (64 MB in a container), and a kill leaves it behind
@@ -171,7 +171,7 @@ def exit_run(sentence: str, run_dir: Path | None = None) -> None:
         time.sleep(60)  # torchrun ends this process once the first one has spoken
     if rank == 0 and run_dir:
         with suppress(OSError):
-            (run_dir / "stopped.txt").write_text(sentence + "\n")
+            (run_dir / "stopped.txt").write_text(sentence + "\n", encoding="utf-8", errors="backslashreplace")
     sys.exit(1 if rank else sentence)
 
 
@@ -184,9 +184,28 @@ def check_restart(run_dir: Path | None) -> None:
             (run_dir / "stopped.txt").unlink()
 
 
+class Stream:
+    """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def run_and_exit(main, interrupted: str) -> None:
     """Runs a program and ends this process at once. Python's own way waits for processes that were killed; so
     does destroy_process_group, now and then, in torch 2.13."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         code = main()
     except SystemExit as end:

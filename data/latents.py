@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import all_gather, exit_run, init_process_group, init_worker, main_rank_first
-from data.distributed import on_every_rank, quiet, rank_and_world_size, run_and_exit, select_device
-from data.distributed import start_workers
+from data.distributed import on_every_rank, print_once, quiet, rank_and_world_size, run_and_exit
+from data.distributed import select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents
 from data.settings import Count, Pixels, NonNegative, read_settings
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -91,6 +91,8 @@ def main(argv=None):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     load = lambda: DiffusionDecoder(model, load_pipeline(model.diffusion_model, False, dtype, with_unet=True))
     decoder = on_every_rank(load).to(device)
+    for problem in dataset.problems:
+        print_once(problem)
     channels, *size = decoder.latent_shape
     shape, made_of = (len(dataset), 2 * channels, *size), describe_latents(dataset, config.diffusion_model)
     on_every_rank(lambda: make_files(dataset.folder, made_of, shape) if rank == 0 else None)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -27,7 +28,8 @@ from vlv import to_pixels
 
 IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
                       " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
-INDEX_VERSION = 2  # of what read_shard takes from a shard
+COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
+INDEX_VERSION = 3  # of what read_shard takes from a shard
 
 
 def walk(folder: Path) -> tuple[list[Path], list[str]]:
@@ -50,9 +52,19 @@ def walk(folder: Path) -> tuple[list[Path], list[str]]:
     return sorted(files), problems
 
 
+def is_shard(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def packed(files: list[Path]) -> list[str]:
+    """A sentence for each compressed tar file."""
+    found = [path for path in files if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", path.name, re.IGNORECASE)]
+    return [printable(f"{path}: a compressed tar file: unpack it, as with gunzip") for path in found]
+
+
 def is_image(path: Path) -> bool:
-    """By its ending, or, where it has none, by what is in it."""
-    if path.suffix:
+    """By its ending, or, where that is unknown, by what is in it."""
+    if path.suffix.lower() in (*IMAGE_ENDINGS, *COMPANIONS):
         return path.suffix.lower() in IMAGE_ENDINGS
     try:
         with Image.open(path):
@@ -72,7 +84,7 @@ def read_captions(path: Path) -> dict[Path, bytes]:
                 found[Path(record["image"]).resolve()] = record["caption"].encode()
     except OSError as error:
         raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}, is none with image and caption") from error
     return found
 
@@ -98,13 +110,16 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
         self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
+        if not str(folder):
+            raise ValueError("the data folder's name is empty")
         if not self.folder.is_dir():
             is_file = self.folder.exists()
             hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
             raise ValueError(f"data folder {folder} {hint}")
         files, self.problems = walk(self.folder)
-        self.shards, self.captions = [path for path in files if path.suffix == ".tar"], None
+        self.shards, self.captions = [path for path in files if is_shard(path)], None
         self.files = [path for path in files if is_image(path)]
+        self.problems += packed(files)
         if captions and not self.shards:
             lines = read_captions(Path(captions))
             self.files = [path for path in self.files if path.resolve() in lines]
@@ -128,6 +143,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
                 self.texts = [texts.get(path.with_suffix("")) for path in self.files]
             with_text, lacks = len(self.texts) - self.texts.count(None), "no image has a NAME.txt beside it"
+            known = {*self.files, *self.texts}
+            silent = COMPANIONS[1:]
+            others = [path for path in files if path not in known and path.suffix.lower() not in silent]
+            if others and not captions:
+                count = f"{len(others):,} files are no images that can be read, or texts without one"
+                self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):
             recipe = self.folder / "prepare.py"
@@ -248,13 +269,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
 
 def find_shared(a: ImageTextDataset, b: ImageTextDataset) -> tuple[Path, Path] | None:
-    """What two data sets both hold: a folder inside the other's, or a shard that is in both."""
-    folders = [dataset.folder.resolve() for dataset in (a, b)]
-    if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
-        return a.folder, b.folder
-    shards = {shard.name: shard for shard in a.shards}
-    pairs = [(shards[shard.name], shard) for shard in b.shards if shard.name in shards]
-    return next((pair for pair in pairs if filecmp.cmp(*pair, shallow=False)), None)
+    """A file that two data sets both hold, by both names; of shards also copies are found."""
+    sizes, files = {}, {(path.stat().st_dev, path.stat().st_ino): path for path in a.shards + a.files}
+    for path in a.shards:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in b.shards + b.files:
+        state = path.stat()
+        same = files.get((state.st_dev, state.st_ino))
+        copies = sizes.get(state.st_size, []) if is_shard(path) else []
+        same = same or next((other for other in copies if filecmp.cmp(other, path, shallow=False)), None)
+        if same:
+            return same, path
+    return None
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
@@ -285,12 +311,14 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
 
     As in webdataset, a sample's key ends at the first dot of the file's name: KEY.jpg and KEY.txt belong
     together, and so do KEY.image.png, KEY.mask.png and KEY.caption.txt."""
-    places, links, problems, samples = {}, {}, [], {}
+    places, links, problems, samples, again = {}, {}, [], {}, []
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
+                if name in places:
+                    again.append(name)
                 if member.isfile():
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("it ends in the middle of a file")
@@ -317,19 +345,21 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
         folder, file = posixpath.split(name)
         if not file.startswith("."):  # ._KEY.jpg is what macOS adds
             samples.setdefault(posixpath.join(folder, file.split(".")[0]), []).append(name)
-    spans, left_out = {}, {"images beside another of their key are left out": [], "texts have no image": []}
+    spans, left_out = {}, {"images beside another of their key are left out": [], "texts have no image": [],
+                           "names come twice, and the last is taken": again, "files are of other kinds": []}
     for key, names in samples.items():
         # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
         names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
         of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
         images, texts, (at, size) = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), (0, 0)
+        left_out["files are of other kinds"] += {*names} - {*images, *texts, *of_kind(".json")}
         left_out["images beside another of their key are left out"] += images[1:]
         left_out["texts have no image"] += [] if images else texts
         if texts:
             at, size = places[texts[0]]
         for name in of_kind(".json") if images and not texts else []:
             at, size = places[name]
-            with suppress(ValueError, KeyError, TypeError), open(path, "rb") as file:
+            with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, "rb") as file:
                 if isinstance(json.loads(os.pread(file.fileno(), size, at))["caption"], str):
                     size = -size
                     break
@@ -345,22 +375,32 @@ def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, l
     kept."""
     keys, spans, problems, left_out = read_shard(path)
     left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
+    if not keys:
+        left_out["shards hold no images"] = 1, str(path)
     if captions is None:
         return spans, problems, left_out
-    lines, at, bad = {}, 0, []
+    lines, at, bad, count = {}, 0, [], 0
     for line in open(captions, "rb") if captions.exists() else []:
         try:
             record = json.loads(line)
             if not isinstance(record["caption"], str | None):
                 raise TypeError
-            lines[record["image"].partition(".tar/")[2]] = at, len(line)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shard, _, key = record["image"].partition(".tar/")
+            if Path(shard).name == captions.stem:
+                lines[key] = at, len(line)
+            count += 1
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             bad.append(f"{captions}: byte {at:,} begins no line with image and caption")
         at += len(line)
     kept = [i for i, key in enumerate(keys) if key in lines]
-    if keys and not kept:
-        reason = "have lines of other images" if captions.exists() else "are not there"
-        left_out[f"shards have no captions, as their files {reason}"] = (1, str(captions))
+    if not captions.exists():
+        left_out["shards have no captions, as their files are not there"] = 1, str(captions)
+    elif len(kept) < len(keys):
+        left_out["images have no line among the captions"] = len(keys) - len(kept), str(captions)
+    if len(kept) < count:
+        left_out["lines of captions are of no image here, or come twice"] = count - len(kept), str(captions)
+    if len(bad) > 1:
+        bad[0] += f", nor do {len(bad) - 1:,} others"
     texts = np.array([lines[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
     left_out.pop("texts have no image", None)
     return np.concatenate([spans[kept, :2], texts], 1), problems + bad[:1], left_out

@@ -241,7 +241,7 @@ class Log:
 
 
 def append(path: Path, line: str) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(line + "\n")
 
 
@@ -323,10 +323,13 @@ class Meter:
         try:
             batch = next(loader)
         except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            sys.exit(f"error: no data came for {PATIENCE // 60} minutes: look at the disk, or try"
-                     " --num_workers 0; --resume goes on")
+            if "timed out" in str(error):
+                sys.exit(f"error: no data came for {PATIENCE // 60} minutes: look at the disk, or try"
+                         " --num_workers 0; --resume goes on")
+            if "is killed" in str(error):
+                sys.exit(f"error: a process that loads data was killed ({str(error).splitlines()[0]}): if the"
+                         " memory was full, lower --num_workers; --resume goes on")
+            raise
         self.waited[-1] += time.perf_counter() - start
         return batch
 

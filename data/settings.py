@@ -98,7 +98,9 @@ def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dic
 def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
-        if isinstance(value, dict) or name in ("help", "config"):
+        items = value if isinstance(value, list) else [value]
+        bad = any(isinstance(item, dict) or str(item).startswith("--") for item in items)
+        if bad or name in ("help", "config"):
             raise ValueError(f"{name} cannot be {json.dumps(value)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
@@ -138,7 +140,7 @@ def read_settings(cls, argv, doc: str):
 def read_json(path: str | Path) -> dict:
     """What a JSON file with an object holds. Raises ValueError, with its name, for anything else."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds {type(values).__name__}, not an object")
         return values
