@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from data.distributed import quiet, select_device
 from data.loader import COMPANIONS, is_image, is_shard, packed, walk
-from data.results import Results, panel, report, write_beside, write_metadata
+from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, find_checkpoint, load_config, select_dtype
+from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 
@@ -47,12 +47,12 @@ class SampleConfig:
     fit: Literal["crop", "pad", "squash"] = "crop"  # the centre square; all, on white; all, squeezed
     num_inference_steps: Steps = 50
     guidance_scale: Annotated[float, 0, 1000] = 2.0
-    seed: NonNegative = 0  # of the noise that each picture starts from
+    seed: NonNegative = 0  # of the noise that each picture starts from, and of sampled captions
     num_beams: Annotated[int, 1, 100] = 4
     temperature: Annotated[float, 0, 100] = 0.0  # above 0: captions are sampled, without beams
-    top_p: Annotated[float, 0.001, 1] = 1.0  # sample from the likeliest tokens with so much probability
+    top_p: Annotated[float, 0.001, 1] = 1.0  # sample from the fewest tokens whose probabilities sum to this
     num_captions: Count = 1  # of each image, sampled; pictures are drawn from the first
-    max_new_tokens: Count = 300  # a caption ends by itself, or here
+    max_new_tokens: Count | None = None  # a caption ends by itself, or here; None: where training cut it
     batch_size: Count = 8  # images at once
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -73,8 +73,8 @@ def choose_checkpoint(args: SampleConfig) -> Path:
         raise ValueError(f"--captions_only needs a stage-2 checkpoint, but {checkpoint} is one of stage 1")
     if args.mix and (args.images or args.captions_only):
         raise ValueError("--mix names its two images itself, and draws: leave images and --captions_only out")
-    if args.num_captions > 1 and not args.temperature:
-        raise ValueError("several captions of an image are sampled: add --temperature 1")
+    if (args.num_captions > 1 or args.top_p < 1) and not args.temperature:
+        raise ValueError("--num_captions and --top_p are for sampled captions: add --temperature 1")
     if args.beside and (args.mix or config.stage == 1):
         raise ValueError("--beside writes captions of images: it needs stage 2, and no --mix")
     if args.split is not None and not args.mix:
@@ -91,7 +91,8 @@ def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[s
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
         there, out_of_reach = walk(name) if name.is_dir() else ([name], [])
-        found = [path for path in there if path.resolve() not in drawn and (path == name or is_image(path))]
+        there = [path for path in there if path.resolve() not in drawn]
+        found = [path for path in there if path == name or is_image(path)]
         shards = [path for path in there if is_shard(path)]
         problems += out_of_reach + packed(there)
         if shards:
@@ -101,21 +102,20 @@ def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[s
         elif not found:
             problems.append(f"{name}: the folder holds no images")
         files += [path for path in found if path.exists() and path not in shards]
-        others = [path for path in there if path.suffix not in COMPANIONS and path not in {*found, *shards}]
-        others = [path for path in others if path.resolve() not in drawn]
+        others = [path for path in there if path.suffix.lower() not in COMPANIONS and path not in {*found}]
         if others:
-            tqdm.write(f"{len(others)} files are no images, such as {printable(others[0])}", file=sys.stderr)
+            tqdm.write(f"no images: {len(others)} files, such as {printable(others[0])}", file=sys.stderr)
     if args.mix and (problems or any(map(os.path.isdir, args.mix))):
         raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
     return files, problems
 
 
-def read_images(paths: list[Path], model: VLV, fit: str) -> tuple[list, list[torch.Tensor], list[str]]:
+def read_images(paths: list[Path], config: VLVConfig, fit: str) -> tuple[list, list[torch.Tensor], list[str]]:
     """(paths, (3, S, S) uint8 images) of those that can be read, and a sentence for each other."""
     good, images, problems = [], [], []
     for path in paths:
         try:
-            images.append(model.pixels(path, fit)[0])
+            images.append(to_pixels(path, config.image_size, config.resize, fit))
             good.append(path)
         except OSError as error:
             problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
@@ -126,8 +126,7 @@ def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
     """What a result depends on, in short."""
     names = ("captions_only", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
              "temperature", "top_p", "num_captions", "max_new_tokens", "precision")
-    file = path.stat() if path.exists() else os.stat_result([0] * 10)
-    parts = [file.st_size, file.st_mtime_ns, fingerprint, *(getattr(args, name) for name in names)]
+    parts = [path.stat().st_size, path.stat().st_mtime_ns, fingerprint, *(getattr(args, n) for n in names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -135,20 +134,6 @@ def say(name: str, captions: list[str | None]) -> None:
     for caption in captions:
         said = " ".join((caption or "(no caption: stage 1)").split())
         tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
-
-
-def write_captions(args: SampleConfig, files: list[Path], results: Results) -> list[str]:
-    """--beside: also of what was done before. Returns a sentence for each that cannot be written."""
-    captions = {path: results.records[str(path)]["caption"] for path in files if str(path) in results.records}
-    problems = []
-    for path, caption in captions.items() if "txt" in args.beside else ():
-        try:
-            write_beside(path, caption, args.overwrite)
-        except OSError as error:
-            problems.append(f"{error}")
-    if "metadata" in args.beside:
-        write_metadata(captions)
-    return problems
 
 
 @torch.inference_mode()
@@ -172,57 +157,60 @@ def main(argv=None) -> int:
     draw = [args.num_inference_steps, args.guidance_scale, args.seed]
     names = ("num_beams", "temperature", "top_p", "max_new_tokens")
     generate = {name: getattr(args, name) for name in names}
-    size, all_files = 2 if args.mix else args.batch_size, files
-    fingerprint = checkpoint_fingerprint(checkpoint)
-    if not args.overwrite and not args.mix:
-        files = [path for path in files if not results.has(str(path), made_of(path, args, fingerprint))]
-    todo = {*files}
-    done = [results.records[str(path)] for path in all_files if path not in todo]
-    if done:
-        print(f"{len(done):,} are done already: --overwrite does them again", file=sys.stderr)
-    torch.manual_seed(args.seed)
-    written = 0
+    size, fingerprint = 2 if args.mix else args.batch_size, checkpoint_fingerprint(checkpoint)
+    captioned = {}  # image file -> caption, of this call or one before
     try:
-        for record in done:
-            say(record["image"], record.get("captions") or [record["caption"]])
+        for path in [] if args.overwrite or args.mix else [*files]:
+            if results.has(str(path), made_of(path, args, fingerprint)):
+                record = results.records[str(path)]
+                say(record["image"], record.get("captions") or [record["caption"]])
+                captioned[path] = record["caption"]
+                files.remove(path)
+        if captioned:
+            print(f"done before: {len(captioned):,}; --overwrite does them again", file=sys.stderr)
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
-            paths, images, unreadable = read_images(files[at : at + size], model, args.fit)
+            paths, images, unreadable = read_images(files[at : at + size], model.config, args.fit)
             problems += unreadable
             if not images or (args.mix and len(images) < 2):
                 continue
-            token_embeds = model.encoder(torch.stack(images))  # ẑ, (B, N, D)
+            token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
+            made = [made_of(path, args, fingerprint) for path in paths]
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
-                names, rows = [(" + ".join(map(str, paths)), "+".join(path.stem for path in paths))], [images]
+                part = f" at {split}" if args.split is not None else ""
+                names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
+                rows, made = [images], [""]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []
             if stage == 2:
-                repeated = prompt_embeds.repeat_interleave(args.num_captions, 0)
-                texts = model.caption_head.generate(repeated, **generate)
-                captions = [texts[i : i + args.num_captions] for i in range(0, len(texts), args.num_captions)]
+                if args.temperature:  # each image by itself: its captions depend on no other's
+                    captions = []
+                    for c in prompt_embeds.repeat_interleave(args.num_captions, 0).split(args.num_captions):
+                        torch.manual_seed(args.seed)
+                        captions.append(model.caption_head.generate(c, **generate))
+                else:
+                    captions = [[text] for text in model.caption_head.generate(prompt_embeds, **generate)]
             if not args.captions_only:
                 columns.append(model.decoder.reconstruct(prompt_embeds, *draw))
                 if stage == 2:
                     columns.append(model.decoder.reconstruct([texts[0] for texts in captions], *draw))
-            for (name, stem), texts, row, *drawn in zip(names, captions, rows, *columns):
+            for (name, stem), texts, row, made_of_this, *drawn in zip(names, captions, rows, made, *columns):
                 picture = panel([row + drawn], [""]) if drawn else None
                 more = {"captions": texts} if len(texts) > 1 else {}
-                results.add(name, texts[0], picture, stem, **more, checkpoint=str(checkpoint),
-                            made_of=made_of(Path(name), args, fingerprint))
-                written += 1
+                more |= dict(checkpoint=str(checkpoint), made_of=made_of_this)
+                results.add(name, texts[0], picture, stem, **more)
+                captioned[Path(name)] = texts[0]
                 say(name, texts)
         results.finish()
-        problems += write_captions(args, all_files, results)
+        problems += write_beside(captioned, args.beside, args.overwrite)
     except BrokenPipeError:  # nobody reads what is printed any more, as in `sample.py photos | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
-    if written:
+    if captioned:
         what = "captions.jsonl and index.html are"
         what = what if args.captions_only else f"pictures, {what}"
         print(f"{what} in {args.out}/", file=sys.stderr)

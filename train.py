@@ -34,10 +34,10 @@ from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
-from vlv import VLV, VLVConfig, draw_noise, load_config, select_dtype
+from vlv import VLV, VLVConfig, draw_noise, is_trained, load_config, select_dtype
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
-ONLY_NOW = ("resume", "accept_changes", "benchmark")  # no settings of a run: settings.json is for --config
+ONLY_NOW = ("resume", "accept_changes", "benchmark")  # not in settings.json, which is for --config
 
 
 @dataclass
@@ -218,8 +218,6 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torc
             count += len(indices)
     names = max(all_gather([*totals]), key=len)  # a process whose images cannot be read has none
     *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], device)
-    if len(names) == 2:  # one part is the whole
-        names = names[:1]
     return {f"val_{name}": value / count for name, value in zip(names, sums)} or {"val_loss": math.nan}
 
 
@@ -231,7 +229,7 @@ def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.de
     prompt_embeds = model.embed(images.to(device))
     captions = [""] * len(images)
     if config.stage == 2:
-        captions = model.caption_head.generate(prompt_embeds, max_new_tokens=config.max_caption_tokens)
+        captions = model.caption_head.generate(prompt_embeds)
         truth = [val_dataset[i]["caption"] for i in range(count)]
         captions = [f"{caption}  (true: {true})" for caption, true in zip(captions, truth)]
     return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
@@ -251,17 +249,17 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log
     print_once(f"step {step:,}: validation {words}{best}")
 
 
-def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, precision) -> str:
+def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, runs_in) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
     world_size = rank_and_world_size()[1]
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     lines = [f"starting from {initialized_from}, with {dataset}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
              f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in"
-             f" {precision}, learning rate {config.learning_rate:g}"
+             f" {runs_in}, learning rate {config.learning_rate:g}"
              f" ({config.lr_schedule})"]
     for name, part in model.parts().items():
-        learns = "trained" if any(p.requires_grad for p in part.parameters()) else "frozen "
+        learns = "trained" if is_trained(part) else "frozen "
         lines.append(f"  {name:12} {learns} {sum(p.numel() for p in part.parameters()):>13,} parameters")
     return "\n".join(lines)
 
@@ -322,8 +320,8 @@ def main(argv=None, saves_on_signals: bool = False):
 
     # --- log and loader
     initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")
-    precision = f"{'bf16' if bf16 else 'fp32'} on {device.type}"
-    print_once(describe_run(model, config, initialized_from, dataset, start, precision))
+    runs_in = f"{'bf16' if bf16 else 'fp32'} on {device.type}"
+    print_once(describe_run(model, config, initialized_from, dataset, start, runs_in))
     log = Log(run_dir, start, config.tensorboard)
     if start < config.max_steps:
         settings = dataclasses.asdict(config) | {"micro_batch_size": given.get("micro_batch_size")}
@@ -345,7 +343,7 @@ def main(argv=None, saves_on_signals: bool = False):
     skipped = not_finite = not_finite_in_a_row = 0
     reason = None  # why the run ends before its last step
     is_due = start % config.eval_interval == 0 or start == config.max_steps
-    if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # the first, or missed
+    if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # at the start, or missed
         evaluate(model, val_dataset, config, device, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
@@ -397,8 +395,8 @@ def main(argv=None, saves_on_signals: bool = False):
             losses = []
             speed = meter.since_logged()
             bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
-            parts = dict(zip(model.losses, parts)) if len(parts) > 1 else {}
-            log.scalars(step, loss=mean_loss, **parts, lr=lr, grad_norm=grad_norm.item(), **speed,
+            log.scalars(step, loss=mean_loss, **dict(zip(model.losses, parts)), lr=lr,
+                        grad_norm=grad_norm.item(), **speed,
                         skipped=int(all_skipped), non_finite_steps=int(not_finite))
             seen = (step - start) * config.batch_size
             if all_skipped > 10 + 0.01 * seen:
@@ -419,8 +417,8 @@ def main(argv=None, saves_on_signals: bool = False):
     bar.close()
     if checkpointer.problem:
         exit_run("error: the run is done, but could not be saved; fix that and add --resume", run_dir)
-    best = log.best_step()
-    better = f"; the best validation loss: step-{best:06d}" if best not in (None, config.max_steps) else ""
+    best = log.best_step(saved=True)
+    better = f"; the best that is saved: step-{best:06d}" if best not in (None, config.max_steps) else ""
     print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}{better}")
     if world_size > 1:
         dist.barrier()

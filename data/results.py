@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from data.run import lock
 from data.settings import printable, write_atomically
@@ -72,30 +73,35 @@ def report(problems: list[str]) -> int:
     return 1 if problems else 0
 
 
-def write_beside(image: Path, caption: str, overwrite: bool) -> None:
-    """NAME.txt beside the image. Raises OSError if a file with another text is there, unless overwrite."""
-    path = image.with_suffix(".txt")
-    before = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else caption
-    if before != caption and not overwrite:
-        raise OSError(f"{path} holds another text, and stays; --overwrite replaces it")
-    write_lines(path, [caption])
-
-
-def write_metadata(captions: dict[Path, str]) -> None:
-    """metadata.jsonl in each image's folder, as `datasets` reads a folder of images; what it already says of
-    other images stays. Raises ValueError for a file of another kind."""
-    for folder in {image.parent for image in captions}:
-        path, lines = folder / "metadata.jsonl", {}
+def write_beside(captions: dict[Path, str], kinds: tuple[str, ...], overwrite: bool) -> list[str]:
+    """Captions beside their images: "txt", NAME.txt as kohya's trainer reads it; "metadata", metadata.jsonl
+    as `datasets` reads it. Other texts that are there stay, unless overwrite. Returns a sentence for each."""
+    problems, images = [], {}
+    for image, caption in captions.items() if "txt" in kinds else ():
+        path = image.with_suffix(".txt")
+        before = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        if images.setdefault(path, image) != image:
+            problems.append(f"{path} is of {images[path]}, so {image} has none")
+        elif before not in ("", caption) and not overwrite:
+            problems.append(f"{path} holds another text, and stays: --overwrite replaces it")
+        else:
+            write_lines(path, [caption])
+    for folder in {image.parent for image in captions} if "metadata" in kinds else ():
+        path = folder / "metadata.jsonl"
         try:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-                record = json.loads(line)
-                lines[record["file_name"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is none of images, and stays") from error
-        for image, caption in captions.items():
-            if image.parent == folder:
-                lines[image.name] = lines.get(image.name, {}) | {"file_name": image.name, "text": caption}
-        write_lines(path, [json.dumps(record, ensure_ascii=False) for record in lines.values()])
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            records = {record["file_name"]: record for record in map(json.loads, lines)}
+        except (ValueError, KeyError, TypeError):
+            problems.append(f"{path} is no metadata.jsonl of images, and is left as it is")
+            continue
+        for image in [image for image in captions if image.parent == folder]:
+            record = records.setdefault(image.name, {"file_name": image.name})
+            if record.get("text", captions[image]) != captions[image] and not overwrite:
+                problems.append(f"{path} has another text of {image.name}: --overwrite replaces it")
+            else:
+                record["text"] = captions[image]
+        write_lines(path, [json.dumps(record, ensure_ascii=False) for record in records.values()])
+    return problems
 
 
 class Results:
@@ -123,11 +129,15 @@ class Results:
     def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> None:
         """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
         that is another's. more: what else the line says."""
-        name = self.records.pop(image, {"picture": None})["picture"]
+        before = self.records.pop(image, {"picture": None, "caption": None})
+        name = before["picture"]
         if picture is not None:
             name = name or self.free_name(stem)
             write_atomically(self.folder / name, lambda file: picture.save(file, "png"))
-        elif name:  # it shows another caption
+        elif name and not (self.folder / name).exists():
+            name = None
+        elif name and before["caption"] != caption:
+            tqdm.write(f"{name} is removed: it was drawn from another caption", file=sys.stderr)
             (self.folder / name).unlink(missing_ok=True)
             name = None
         self.records[image] = {"image": image, "caption": caption, "picture": name} | more

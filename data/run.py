@@ -174,7 +174,7 @@ class Checkpointer:
                 problems = [str(error)]
             shutil.rmtree(folder, ignore_errors=True)
             older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
-            best = best_step(self.run_dir)
+            best = best_step(self.run_dir, saved=True)
             for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problems else []:
                 with suppress(OSError):  # one that cannot be removed harms nothing
                     os.rename(old, folder)  # no half of it counts as a checkpoint
@@ -219,9 +219,9 @@ class Log:
         records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
         return all_gather(any(record["step"] == step and name in record for record in records))[0]
 
-    def best_step(self) -> int | None:
+    def best_step(self, saved: bool = False) -> int | None:
         """See best_step; the same on every rank."""
-        return all_gather(best_step(self.run_dir) if self.run_dir and self.is_writer else None)[0]
+        return all_gather(best_step(self.run_dir, saved) if self.run_dir and self.is_writer else None)[0]
 
     def curves(self) -> None:
         self.write("curves.png", lambda path: draw_curves(path, read_log(self.run_dir / "log.jsonl")))
@@ -254,12 +254,12 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-def best_step(run_dir: Path) -> int | None:
-    """The step with the least validation loss of those that are saved."""
+def best_step(run_dir: Path, saved: bool) -> int | None:
+    """The step with the least validation loss; saved: of those whose checkpoint is there."""
     records = [r for r in read_log(run_dir / "log.jsonl") if r.get("val_loss") is not None]
-    saved = {int(path.name[5:]) for path in checkpoints(run_dir)}
-    best = min([r for r in records if r["step"] in saved], key=lambda r: r["val_loss"], default=None)
-    return best and best["step"]
+    losses = {record["step"]: record["val_loss"] for record in records}
+    there = {int(path.name[5:]) for path in checkpoints(run_dir)} if saved else losses
+    return min(losses.keys() & there, key=losses.get, default=None)
 
 
 def cut_log(path: Path, start: int) -> None:
@@ -269,11 +269,12 @@ def cut_log(path: Path, start: int) -> None:
 
 
 def draw_curves(path: Path, records: list[dict]) -> None:
-    """Draws the losses in records, the lines of log.jsonl."""
+    """Draws the losses in records, the lines of log.jsonl, on a logarithmic scale."""
     width, height = 1200, 800
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
-    lines = {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in COLORS}
+    log = lambda value: math.log10(max(value, 1e-9))
+    lines = {name: [(r["step"], log(r[name])) for r in records if r.get(name) is not None] for name in COLORS}
     lines = {name: line for name, line in lines.items() if line or name == "loss"}
     points = [point for line in lines.values() for point in line] or [(0, 0.0)]
     (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
@@ -282,8 +283,8 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = left + part * (right - left), bottom - part * (bottom - top)
         draw.line([(left, y), (right, y)], "#e4e4e4", 2)
-        draw.text((left - 10, y), f"{low + part * (high - low):.3g}", "black", font, "rm")
-        draw.text((x, bottom + 12), f"{first + part * (last - first):.0f}", "black", font, "ma")
+        draw.text((left - 10, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, "rm")
+        draw.text((x, bottom + 12), f"{first + part * (last - first):.6g}", "black", font, "ma")
     for number, (name, line) in enumerate(lines.items()):
         pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
         draw.text((left + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)

@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -27,7 +28,8 @@ def describe(kind) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, options))
     if get_origin(kind) is Annotated:
-        return f"a {'whole ' * (options[0] is int)}number from {options[1]:,} to {options[2]:,}"
+        to = f" to {options[2]:,}" if options[2] < 10**9 else ""
+        return f"a {'whole ' * (options[0] is int)}number from {options[1]:,}{to}"
     return {bool: "true or false", str: "text", Path: "a path"}[kind]
 
 
@@ -45,6 +47,7 @@ def convert(text: str, kind):
         raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {describe(kind)}") from None
 
 
+@lru_cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
     found, above = {}, []
@@ -71,14 +74,17 @@ def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dic
         if NoneType in get_args(kind):  # int | None
             kind = next(k for k in get_args(kind) if k is not NoneType)
         items = get_args(kind) if get_origin(kind) is tuple else (kind,)
-        about = "; ".join(text for text in (describe(items[0]), comments.get(field.name)) if text)
+        about = describe(items[0])
+        about = about.replace("one of", "any of") if get_origin(kind) is tuple else about
+        about = "; ".join(text for text in (about, comments.get(field.name)) if text)
         options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": fill(about)}
         if get_origin(kind) is tuple:
             options["nargs"] = "*" if Ellipsis in items else len(items)
         if field.default is MISSING:
             parser.add_argument(field.name, **options, **({"default": []} if Ellipsis in items else {}))
             continue
-        options["help"] = fill(f"{about} (default: {defaults.get(field.name, field.default)})")
+        default = defaults.get(field.name, field.default)
+        options["help"] = fill(f"{about} (default: {'none' if default in (None, '', ()) else default})")
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
         parser.add_argument(f"--{field.name}", **options)

@@ -203,7 +203,7 @@ def convert(args: ConvertConfig) -> None:
     if args.precision != "keep":
         dtype = select_dtype(args.precision, torch.device("cpu"))
     try:
-        model, unused = VLV.from_weights(config, weights, config.learned, dtype=dtype, with_unet=with_unet)
+        model, unused = VLV.from_weights(config, weights, config.required, dtype=dtype, with_unet=with_unet)
     except ValueError as error:
         ours = next((word for word in re.split("[ :]", str(error)) if word in names), None)
         if ours is None:
