@@ -688,10 +688,10 @@ def test_tensorboard_gets_what_the_log_has_or_is_asked_for(tiny, tmp_path, monke
     run = train_tiny(tiny, tmp_path, stage=2, max_steps=4, resume=True, **settings)
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     lines = read_log(run)
-    for name in ("loss", "val_loss", "images_per_second"):
+    for name in ("loss", "val_loss", "denoising_loss", "val_caption_loss", "images_per_second"):
         logged = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(event.step, event.value) for event in board.Scalars(name)] == logged and logged
-    assert {event.step for event in board.Images("pictures")} == {2, 3, 4}
+    assert {event.step for event in board.Images("pictures")} == {0, 2, 3, 4}
     assert board.Tensors("captions/text_summary")[-1].tensor_proto.string_val[0].decode().startswith("1. ")
 
 
@@ -1435,6 +1435,15 @@ def test_a_download_that_lacks_a_file_is_enough_or_says_what_is_missing(tiny, tm
     assert run().stdout.strip() == revision and not run().stderr
     with pytest.raises(OSError, match=f"{revision} has no model.safetensors"):
         VLV.from_pretrained(repository / "snapshots" / revision)
+
+
+def test_a_user_without_a_home_gets_a_sentence(monkeypatch):
+    def expanduser(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    with pytest.raises(OSError, match="there is no checkpoint in no/where"):
+        find_checkpoint("no/where")
 
 
 def test_another_package_called_data_does_no_harm(tmp_path):

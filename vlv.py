@@ -686,7 +686,7 @@ def find_download(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except IncompleteSnapshotError as error:
         return Path(error.snapshot_path)
-    except (HFValidationError, LocalEntryNotFoundError):
+    except (HFValidationError, LocalEntryNotFoundError, RuntimeError):  # the last: a user without a home
         return None
 
 

@@ -260,7 +260,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
             unfinished.write_text(json.dumps(saved), encoding="utf-8")
             os.replace(unfinished, stamp_file)
         except OSError as error:
-            raise ValueError(f"cannot write the index of the data, in {cache}: {error.strerror}") from error
+            where = error.filename or f"{cache}, or /dev/shm"
+            raise ValueError(f"cannot make the index of the data: {where}: {error.strerror}") from error
         finally:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
