@@ -3273,7 +3273,6 @@ def test_any_precision_becomes_any_other_and_by_default_stays(tiny, theirs, tmp_
 
 
 def test_two_files_with_one_weight_and_a_lost_file_are_errors(tiny, theirs, tmp_path):
-    from safetensors.torch import save_file
 
     def says(source: Path) -> str:
         with pytest.raises(SystemExit) as exit:
