@@ -2030,6 +2030,10 @@ def test_the_toys_config_shows_curves_early_and_a_card_names_its_base_models(tin
     model.config.encoder, model.config.diffusion_model = "florence-community/Florence-2-large", "sd2-community/base"
     model.save_pretrained(tmp_path / "share")
     assert 'base_model: ["florence-community/Florence-2-large", "sd2-community/base"]' in (tmp_path / "share" / "README.md").read_text()
+    model.save_pretrained(tmp_path / "share", Image.new("RGB", (9, 9)))
+    assert "![redrawn](picture.png)" in (tmp_path / "share" / "README.md").read_text() and Image.open(tmp_path / "share" / "picture.png").size == (9, 9)
+    model.save_pretrained(tmp_path / "share")
+    assert not (tmp_path / "share" / "picture.png").exists()
     assert subprocess.run(["git", "check-ignore", "-q", "share/model.safetensors"], cwd=HERE).returncode in (0, 128)
 
 

@@ -637,11 +637,12 @@ class VLV(nn.Module):
                 state[name] = weight.contiguous()
         return state
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors (the learned parts), llm/ and a model card. A crash at any
-        moment leaves the old folder or the new one, whole. Raises OSError if it cannot be written or holds
-        other files, ValueError for weights that are not finite."""
-        folder, ours = Path(folder).resolve(), {"config.json", "model.safetensors", "llm", "README.md"}
+    def save_pretrained(self, folder: str | Path, picture: Image.Image | None = None) -> None:
+        """Writes config.json, model.safetensors (the learned parts), llm/ and a model card, with a picture if
+        one is given. A crash at any moment leaves the old folder or the new one, whole. Raises OSError if it
+        cannot be written or holds other files, ValueError for weights that are not finite."""
+        folder = Path(folder).resolve()
+        ours = {"config.json", "model.safetensors", "llm", "README.md", "picture.png"}
         if folder.is_file():
             raise OSError(f"{folder} is a file: choose a new folder")
         others = {path.name for path in folder.glob("*")} - ours
@@ -653,7 +654,10 @@ class VLV(nn.Module):
             new.mkdir(parents=True)
             write_weights(new / "model.safetensors", self.learned_state(), self.config)
             write_about(new, self)
-            (new / "README.md").write_text(self.model_card(), encoding="utf-8")
+            card = self.model_card() + ("\n![redrawn](picture.png)\n" if picture else "")
+            (new / "README.md").write_text(card, encoding="utf-8")
+            if picture:
+                picture.save(new / "picture.png")
             sync(new)
         except Exception:
             shutil.rmtree(new, ignore_errors=True)
@@ -671,12 +675,12 @@ class VLV(nn.Module):
         ids = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
         return MODEL_CARD.format(stage=self.config.stage, parts=", ".join(names), base_model=json.dumps(ids))
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, picture: Image.Image | None = None, **kwargs) -> str:
         """Uploads what save_pretrained writes; returns the address. kwargs: of huggingface_hub.create_repo,
         such as private=True."""
         create_repo(repo_id, exist_ok=True, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder, "share"))
+            self.save_pretrained(Path(folder, "share"), picture)
             return str(upload_folder(repo_id=repo_id, folder_path=Path(folder, "share")))
 
 
