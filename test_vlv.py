@@ -1262,6 +1262,11 @@ def test_the_captioned_sets_files_are_done_once_and_only_when_they_are(tmp_path)
     whole = (tmp_path / "parquet" / "a.parquet").read_bytes()
     (tmp_path / "parquet" / "c.parquet").write_bytes(whole[: len(whole) // 2])
     assert "c.parquet: " in run(1)
+    write("d.parquet", "done before the broken one is met")  # the order is that of the names
+    (tmp_path / "parquet" / "c.parquet").rename(tmp_path / "parquet" / "e.parquet")
+    assert "e.parquet: " in run(1)
+    (tmp_path / "shards" / "d.tar").rename(tmp_path / "val" / "d.tar")
+    assert "e.parquet: " in run(1) and not (tmp_path / "shards" / "d.tar").exists()
 
 
 def test_a_zip_file_that_cannot_be_read_is_named(tmp_path):
@@ -1813,10 +1818,13 @@ def test_a_shard_that_has_been_mended_is_captioned_again(caption, tmp_path):
     assert caption.main(arguments) == 0 and len((tmp_path / "out" / "0.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_program_whose_stdout_is_closed_ends_well(tmp_path):
+def test_a_program_whose_stdout_is_closed_ends_well(tiny, tmp_path):
     command = f"{shlex.quote(sys.executable)} {HERE}/sample.py --captions_only --num_beams 1 --out {tmp_path}/out >&-"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert result.returncode == 0 and (tmp_path / "out" / "captions.jsonl").exists(), result.stderr
+    arguments = map(shlex.quote, map(str, [sys.executable, HERE / "train.py", *tiny_flags(tiny, tmp_path, max_steps=1)]))
+    result = subprocess.run(["sh", "-c", " ".join(arguments) + " >&-"], capture_output=True, text=True)
+    assert result.returncode == 0 and newest(tmp_path / "stage1") == 1, result.stderr
 
 
 # --- what hands expect -------------------------------------------------------------------------------------

@@ -27,14 +27,17 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 exit_reasons = []  # why this process was asked to exit
 
 
+def printing(stream):
+    """stdout or stderr, so that a command can print where it knows ASCII alone, or is closed."""
+    stream = stream or open(os.devnull, "w")
+    with suppress(AttributeError):  # of a notebook
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
 def quiet() -> None:
-    """Silences what libraries tell a command's user, who can do nothing about it; and lets the command print
-    where stdout knows ASCII alone, or is closed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        with suppress(AttributeError):  # of a notebook
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    """Silences what libraries tell a command's user, who can do nothing about it."""
+    sys.stdout, sys.stderr = printing(sys.stdout), printing(sys.stderr)
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -188,7 +191,7 @@ class Stream:
     """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = printing(stream)
 
     def write(self, text: str) -> None:
         with suppress(OSError):

@@ -108,17 +108,22 @@ def main(argv=None):
                 raise ValueError(f"{names[name]} and {path} would both be {name}.tar: rename one")
             names[name] = path
         same_as_before(args.out / "settings.json", {"image_size": args.image_size}, "choose another --out")
-        done = done_file.read_text(encoding="utf-8").splitlines() if done_file.exists() else []
-        todo = {n: p for n, p in names.items() if n not in done and not (args.out / f"{n}.tar").exists()}
-        with ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file:
+        done = {path.stem for path in args.out.glob("*.tar")}
+        done.update(done_file.read_text(encoding="utf-8").splitlines() if done_file.exists() else [])
+        text = "".join(f"{name}\n" for name in sorted(done))
+        write_atomically(done_file, lambda file: file.write_text(text, encoding="utf-8"))
+        todo = {name: path for name, path in names.items() if name not in done}
+        with (ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file,
+              open(done_file, "a", 1, encoding="utf-8") as finished):
             pairs = [(path, args.out / f"{name}.tar") for name, path in todo.items()]
             jobs = zip(todo, pool.map(partial(convert, size=args.image_size), pairs))
             for name, (count, problems) in tqdm(jobs, total=len(todo), unit=" files"):
                 total, left_out = total + count, left_out + len(problems)
                 file.writelines(problem + "\n" for problem in problems)
-                empty += [] if count else [names[name]]
-        finished = {*done, *(path.stem for path in args.out.glob("*.tar"))}
-        write_atomically(done_file, lambda file: file.write_text("".join(f"{n}\n" for n in sorted(finished))))
+                if count:
+                    finished.write(f"{name}\n")
+                else:
+                    empty.append(names[name])
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"done: {total:,} new samples in {args.out}; {left_out} left out, which left_out.txt names")
