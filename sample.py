@@ -160,8 +160,9 @@ def main(argv=None) -> int:
     size, fingerprint = 2 if args.mix else args.batch_size, checkpoint_fingerprint(checkpoint)
     captioned = {}  # image file -> caption, of this call or one before
     try:
+        made = {} if args.mix else {str(path): made_of(path, args, fingerprint) for path in files}
         for path in [] if args.overwrite or args.mix else [*files]:
-            if results.has(str(path), made_of(path, args, fingerprint)):
+            if results.has(str(path), made[str(path)]):
                 record = results.records[str(path)]
                 say(record["image"], record.get("captions") or [record["caption"]])
                 captioned[path] = record["caption"]
@@ -175,13 +176,12 @@ def main(argv=None) -> int:
                 continue
             token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
-            made = [made_of(path, args, fingerprint) for path in paths]
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
                 part = f" at {split}" if args.split is not None else ""
                 names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
-                rows, made = [images], [""]
+                rows = [images]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []
             if stage == 2:
@@ -196,10 +196,10 @@ def main(argv=None) -> int:
                 columns.append(model.decoder.reconstruct(prompt_embeds, *draw))
                 if stage == 2:
                     columns.append(model.decoder.reconstruct([texts[0] for texts in captions], *draw))
-            for (name, stem), texts, row, made_of_this, *drawn in zip(names, captions, rows, made, *columns):
+            for (name, stem), texts, row, *drawn in zip(names, captions, rows, *columns):
                 picture = panel([row + drawn], [""]) if drawn else None
                 more = {"captions": texts} if len(texts) > 1 else {}
-                more |= dict(checkpoint=str(checkpoint), made_of=made_of_this)
+                more |= dict(checkpoint=str(checkpoint), made_of=made.get(name))
                 results.add(name, texts[0], picture, stem, **more)
                 captioned[Path(name)] = texts[0]
                 say(name, texts)

@@ -1377,6 +1377,21 @@ def hf_downloads() -> list[list[str]]:
     return [shlex.split(line) for line in found]
 
 
+def hub_cache(cache: Path, repo_id: str, source: Path, brought: list[str], listed: list[str]) -> Path:
+    """A cache as the client leaves it: what was brought, and a list of all there is. Returns the snapshot."""
+    revision, repository = 40 * "a", cache / f"models--{repo_id.replace('/', '--')}"
+    texts = {"refs/main": revision, f"trees/{revision}.json": json.dumps(
+        {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0"} for name in listed}})}
+    for name in brought:
+        if (source / name).exists():
+            (repository / "snapshots" / revision / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, repository / "snapshots" / revision / name)
+    for name, text in texts.items():
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text(text)
+    return repository / "snapshots" / revision
+
+
 def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_path, monkeypatch):
     from huggingface_hub.cli import download, hf
     from huggingface_hub.utils import filter_repo_objects
@@ -1399,17 +1414,8 @@ def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_p
         assert not [name for name in brought if re.search(r"\.ckpt|\.bin|fp16|v2-1", name)]
         lean = bool(patterns[0])
         assert any(name.startswith("unet/diff") or name == "model.safetensors" for name in brought) != lean
-        # the cache as the client leaves it: what was brought, and a list of all there is
         cache = tmp_path / f"cache{len(seen)}"
-        snapshot = cache / f"models--{kwargs['repo_id'].replace('/', '--')}" / "snapshots" / (40 * "a")
-        for name in brought:
-            if (tiny / folder / name).exists():
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(tiny / folder / name, snapshot / name)
-        for name, text in [("refs/main", 40 * "a"), (f"trees/{40 * 'a'}.json", json.dumps(
-                {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0"} for name in files}}))]:
-            (snapshot.parents[1] / name).parent.mkdir(exist_ok=True)
-            (snapshot.parents[1] / name).write_text(text)
+        hub_cache(cache, kwargs["repo_id"], tiny / folder, brought, files)
         what = {"sd": f"load_pipeline({kwargs['repo_id']!r}, False, torch.float32, with_unet={not lean})",
                 "florence": f"load(Florence2Model, {kwargs['repo_id']!r}, 'encoder', False, torch.float32)",
                 "qwen": f"load({'AutoTokenizer' if lean else 'AutoModelForCausalLM'}, {kwargs['repo_id']!r}, 'llm', False,"
@@ -1424,22 +1430,17 @@ def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_p
 
 def test_a_download_that_lacks_a_file_is_enough_or_says_what_is_missing(tiny, tmp_path):
     tiny_model(tiny, stage=2).save_pretrained(tmp_path / "ckpt")
-    repository, revision = tmp_path / "cache" / "models--USER--NAME", 40 * "b"
-    shutil.copytree(tmp_path / "ckpt", repository / "snapshots" / revision)
     files = [str(path.relative_to(tmp_path / "ckpt")) for path in (tmp_path / "ckpt").rglob("*") if path.is_file()]
-    tree = {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0"} for name in [*files, "sample.png"]}}
-    for name, text in [("refs/main", revision), (f"trees/{revision}.json", json.dumps(tree))]:
-        (repository / name).parent.mkdir()
-        (repository / name).write_text(text)
-    (repository / "snapshots" / revision / "README.md").unlink()
+    brought = [name for name in files if name != "README.md"]
+    snapshot = hub_cache(tmp_path / "cache", "USER/NAME", tmp_path / "ckpt", brought, [*files, "sample.png"])
     code = "import sys, vlv; print(vlv.find_checkpoint('USER/NAME').name)"
     run = lambda: subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache")},
                                  capture_output=True, text=True)
-    assert run().stdout.strip() == revision
-    (repository / "snapshots" / revision / "model.safetensors").unlink()
-    assert run().stdout.strip() == revision and not run().stderr
-    with pytest.raises(OSError, match=f"{revision} has no model.safetensors"):
-        VLV.from_pretrained(repository / "snapshots" / revision)
+    assert run().stdout.strip() == snapshot.name
+    (snapshot / "model.safetensors").unlink()
+    assert run().stdout.strip() == snapshot.name and not run().stderr
+    with pytest.raises(OSError, match=f"{snapshot.name} has no model.safetensors"):
+        VLV.from_pretrained(snapshot)
 
 
 def test_a_user_without_a_home_gets_a_sentence(monkeypatch):
@@ -1854,10 +1855,9 @@ def test_a_stage_1_model_says_why_it_has_no_captions(tiny):
 def test_push_to_hub_uploads_what_save_pretrained_writes(tiny, monkeypatch):
     calls = []
     monkeypatch.setattr(vlv, "create_repo", lambda repo_id, **kwargs: calls.append((repo_id, kwargs)))
-    monkeypatch.setattr(vlv, "upload_folder", lambda repo_id, folder_path: {p.name for p in folder_path.iterdir()})
+    monkeypatch.setattr(vlv, "upload_folder", lambda repo_id, folder_path: sorted(p.name for p in folder_path.iterdir()))
     names = tiny_model(tiny).push_to_hub("me/mine", private=True)
-    assert calls == [("me/mine", dict(exist_ok=True, private=True))] and names == "{'" + "', '".join(
-        re.findall(r"'([^']+)'", names)) + "'}" and {"config.json", "model.safetensors", "README.md"} == set(re.findall(r"'([^']+)'", names))
+    assert calls == [("me/mine", dict(exist_ok=True, private=True))] and names == "['README.md', 'config.json', 'model.safetensors']"
 
 
 def test_importing_the_model_prints_and_warns_nothing():

@@ -122,8 +122,8 @@ def open_data(config: TrainConfig) -> tuple:
     """(data set for training, data set for validation or None). Raises ValueError if there is nothing to
     read."""
     latents_of = config.diffusion_model if config.latents and config.denoises else None
-    common = dict(size=config.image_size, resize=config.resize, with_captions=config.stage == 2)
-    common["latents_of"] = latents_of
+    common = dict(size=config.image_size, resize=config.resize, with_captions=config.stage == 2,
+                  latents_of=latents_of)
     dataset = ImageTextDataset(config.data, captions=config.captions, **common)
     if not config.val_data:
         return dataset, None
@@ -225,13 +225,13 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torc
 def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> tuple:
     """(a picture of the first validation images and what is redrawn, their captions)."""
     count = min(config.eval_pictures, len(val_dataset))
-    images = torch.stack([val_dataset[i]["image"] for i in range(count)])
+    items = [val_dataset[i] for i in range(count)]
+    images = torch.stack([item["image"] for item in items])
     prompt_embeds = model.embed(images.to(device))
     captions = [""] * len(images)
     if config.stage == 2:
         captions = model.caption_head.generate(prompt_embeds)
-        truth = [val_dataset[i]["caption"] for i in range(count)]
-        captions = [f"{caption}  (true: {true})" for caption, true in zip(captions, truth)]
+        captions = [f"{caption}  (true: {item['caption']})" for caption, item in zip(captions, items)]
     return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
 
 
@@ -255,9 +255,8 @@ def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, sta
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     lines = [f"starting from {initialized_from}, with {dataset}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
-             f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in"
-             f" {runs_in}, learning rate {config.learning_rate:g}"
-             f" ({config.lr_schedule})"]
+             f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
+             f" learning rate {config.learning_rate:g} ({config.lr_schedule})"]
     for name, part in model.parts().items():
         learns = "trained" if is_trained(part) else "frozen "
         lines.append(f"  {name:12} {learns} {sum(p.numel() for p in part.parameters()):>13,} parameters")
@@ -396,8 +395,8 @@ def main(argv=None, saves_on_signals: bool = False):
             speed = meter.since_logged()
             bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
             log.scalars(step, loss=mean_loss, **dict(zip(model.losses, parts)), lr=lr,
-                        grad_norm=grad_norm.item(), **speed,
-                        skipped=int(all_skipped), non_finite_steps=int(not_finite))
+                        grad_norm=grad_norm.item(), **speed, skipped=int(all_skipped),
+                        non_finite_steps=int(not_finite))
             seen = (step - start) * config.batch_size
             if all_skipped > 10 + 0.01 * seen:
                 reason = (f"error: {all_skipped:,.0f} of {seen:,} samples could not be read: see"

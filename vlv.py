@@ -205,11 +205,11 @@ def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") ->
             raise ValueError(f"a picture is {picture.dtype} {picture.shape}, but must be uint8 (H, W, 3), or"
                              " a tensor (3, H, W)")
         picture = Image.fromarray(picture)
-    if not isinstance(picture, (str, os.PathLike, Image.Image)) and not hasattr(picture, "read"):
-        kind = type(picture).__name__
-        raise ValueError(f"a picture is a path, file, PIL image, array or tensor, not a {kind}")
     if isinstance(picture, Image.Image):
         return crop_image(to_rgb(picture.copy()), size, resize, fit)
+    if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+        kind = type(picture).__name__
+        raise ValueError(f"a picture is a path, file, PIL image, array or tensor, not a {kind}")
     return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize, fit)
 
 
@@ -591,6 +591,7 @@ class VLV(nn.Module):
         """
         learned_dtype, random = torch.float32 if for_training else dtype, config.random_init
         needed = tuple(PREFIXES[part] for part in required if part != "llm")  # the LLM is checked by load_llm
+        loaded = {part for part in PREFIXES if any(name.startswith(PREFIXES[part]) for name in weights)}
 
         def fill(module: nn.Module, prefix: str) -> None:
             names = [n for n in weights if n.startswith(prefix) and not n.startswith(PREFIXES["llm"])]
@@ -617,13 +618,12 @@ class VLV(nn.Module):
         fill(encoder, "encoder.")  # before the LLM is there, for less memory
         caption_head = None
         if config.stage == 2:
-            has_llm = any(name.startswith(PREFIXES["llm"]) for name in weights)
-            llm_dtype = learned_dtype if has_llm or "llm" in config.trains else dtype
+            llm_dtype = learned_dtype if "llm" in loaded.union(config.trains) else dtype
             caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
             caption_head.mlp.to(learned_dtype)
             fill(caption_head, "caption_head.")
         model = cls(config, encoder, decoder, caption_head)
-        model.loaded = {part for part in PREFIXES if any(n.startswith(PREFIXES[part]) for n in weights)}
+        model.loaded = loaded
         return model.to(device).eval(), sorted(weights.keys() - model.state_dict().keys())
 
     def learned_state(self) -> dict[str, torch.Tensor]:

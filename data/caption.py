@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import init_process_group, init_worker, on_every_rank, print_once, quiet
 from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
-from data.loader import is_shard, packed, read_shard, walk
+from data.loader import SECOND_IMAGE, is_shard, packed, read_shard, walk
 from data.results import TEXT, report, write_lines
 from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
@@ -100,8 +100,9 @@ def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
         paths = [path for path in files if is_shard(path)]
         for problem in problems:
             print_once(problem)
-        if packed(files):
-            raise ValueError("; ".join(packed(files)))
+        compressed = packed(files)
+        if compressed:
+            raise ValueError("; ".join(compressed))
         if not paths or not all(path.is_file() for path in paths):
             raise ValueError(f"{name}: no tar shards are there; sample.py captions images")
         for path in paths:
@@ -155,7 +156,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
         shard.part.unlink(missing_ok=True)
         return
     keys, spans, problems, left_out = read_shard(shard.path)
-    problems += [f"{shard.path}:{name}: another image has its key" for name in next(iter(left_out.values()))]
+    problems += [f"{shard.path}:{name}: another image has its key" for name in left_out[SECOND_IMAGE]]
     problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]

@@ -30,6 +30,9 @@ IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tif
                       " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
 COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
 INDEX_VERSION = 3  # of what read_shard takes from a shard
+# Reasons why it leaves something out
+SECOND_IMAGE, NO_IMAGE = "images beside another of their key are left out", "texts have no image"
+TWICE, OTHER_KIND = "names come twice, and the last is taken", "files are of other kinds"
 
 
 def walk(folder: Path) -> tuple[list[Path], list[str]]:
@@ -39,16 +42,18 @@ def walk(folder: Path) -> tuple[list[Path], list[str]]:
     fail = lambda error: problems.append(f"{printable(error.filename)}: {error.strerror}")
     for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         real = os.path.realpath(root)
-        visible = [] if real in seen else folders  # a link may lead back to where it is
-        folders[:] = [name for name in visible if not name.startswith(".")]
-        for name in names if real not in seen else []:
+        if real in seen:  # a link led back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
             if not name.startswith("."):
                 path = Path(root, name)
                 if path.is_file():
                     files.append(path)
                 else:
                     problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
-        seen.add(real)
     return sorted(files), problems
 
 
@@ -117,38 +122,38 @@ class ImageTextDataset(torch.utils.data.Dataset):
             hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
             raise ValueError(f"data folder {folder} {hint}")
         files, self.problems = walk(self.folder)
-        self.shards, self.captions = [path for path in files if is_shard(path)], None
-        self.files = [path for path in files if is_image(path)]
         self.problems += packed(files)
-        if captions and not self.shards:
-            lines = read_captions(Path(captions))
-            self.files = [path for path in self.files if path.resolve() in lines]
-            self.texts = [lines[path.resolve()] for path in self.files]
-        elif captions:
-            if not Path(captions).is_dir():
-                raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
-            self.captions = [Path(captions) / name for name in names]
+        self.shards, self.files, self.captions = [path for path in files if is_shard(path)], [], None
+        images = [path for path in files if is_image(path)]
         if self.shards:
-            if self.files:
-                loose = f"{len(self.files):,} images beside the tar shards are left out"
-                self.problems.append(f"{self.folder}: {loose}, such as {self.files[0]}")
-            self.files = []
+            if captions and not Path(captions).is_dir():
+                raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
+            if captions:
+                names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
+                self.captions = [Path(captions) / name for name in names]
+            if images:
+                loose = f"{len(images):,} images beside the tar shards are left out"
+                self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
             self.problems += self.load_index(Path(captions) if captions else self.folder)
             with_text, lacks = np.count_nonzero(self.index[:, 4]), "its shards hold no KEY.txt"
         else:
+            if captions:
+                lines = read_captions(Path(captions))
+                pairs = [(path, lines.get(path.resolve())) for path in images]
+                pairs = [(path, text) for path, text in pairs if text]
+            else:
+                texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+                pairs = [(path, texts.get(path.with_suffix(""))) for path in images]
+                known = {path for pair in pairs for path in pair}
+                silent = {*COMPANIONS} - {".txt"}
+                others = [path for path in files if path not in known and path.suffix.lower() not in silent]
+                if others:
+                    count = f"{len(others):,} files are no images that can be read, or texts without one"
+                    self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
+            self.files, self.texts = [path for path, _ in pairs], [text for _, text in pairs]
             names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
             self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-            if not captions:
-                texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-                self.texts = [texts.get(path.with_suffix("")) for path in self.files]
             with_text, lacks = len(self.texts) - self.texts.count(None), "no image has a NAME.txt beside it"
-            known = {*self.files, *self.texts}
-            silent = COMPANIONS[1:]
-            others = [path for path in files if path not in known and path.suffix.lower() not in silent]
-            if others and not captions:
-                count = f"{len(others):,} files are no images that can be read, or texts without one"
-                self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):
             recipe = self.folder / "prepare.py"
@@ -346,28 +351,34 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
         folder, file = posixpath.split(name)
         if not file.startswith("."):  # ._KEY.jpg is what macOS adds
             samples.setdefault(posixpath.join(folder, file.split(".")[0]), []).append(name)
-    spans, left_out = {}, {"images beside another of their key are left out": [], "texts have no image": [],
-                           "names come twice, and the last is taken": again, "files are of other kinds": []}
+    spans, left_out = {}, {SECOND_IMAGE: [], NO_IMAGE: [], TWICE: again, OTHER_KIND: []}
     for key, names in samples.items():
         # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
         names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
         of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
         images, texts, (at, size) = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), (0, 0)
-        left_out["files are of other kinds"] += {*names} - {*images, *texts, *of_kind(".json")}
-        left_out["images beside another of their key are left out"] += images[1:]
-        left_out["texts have no image"] += [] if images else texts
+        jsons = of_kind(".json")
+        left_out[OTHER_KIND] += {*names} - {*images, *texts, *jsons}
+        left_out[SECOND_IMAGE] += images[1:]
+        left_out[NO_IMAGE] += [] if images else texts
+        if not images:
+            continue
+        captions = [] if texts else [places[name] for name in jsons if has_caption(path, *places[name])]
         if texts:
             at, size = places[texts[0]]
-        for name in of_kind(".json") if images and not texts else []:
-            at, size = places[name]
-            with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, "rb") as file:
-                if isinstance(json.loads(os.pread(file.fileno(), size, at))["caption"], str):
-                    size = -size
-                    break
-            at, size = 0, 0
-        if images:
-            spans[key] = *places[images[0]], at, size
+        elif captions:
+            at, size = captions[0][0], -captions[0][1]
+        spans[key] = *places[images[0]], at, size
     return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
+
+
+def has_caption(path: Path, at: int, size: int) -> bool:
+    """Whether this part of the file is JSON with a "caption"."""
+    try:
+        with open(path, "rb") as file:
+            return isinstance(json.loads(os.pread(file.fileno(), size, at))["caption"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, list[str], dict]:
@@ -403,7 +414,7 @@ def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, l
     if len(bad) > 1:
         bad[0] += f", nor do {len(bad) - 1:,} others"
     texts = np.array([lines[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    left_out.pop("texts have no image", None)
+    left_out.pop(NO_IMAGE, None)
     return np.concatenate([spans[kept, :2], texts], 1), problems + bad[:1], left_out
 
 

@@ -126,12 +126,13 @@ class Checkpointer:
                              f" --out_dir, and start from it with --init_from {checkpoint}")
         trainer = read_json(checkpoint / "trainer.json")
         for name, value in self.started_with.items():
-            if name == "max_steps" and trainer[name] != value:
-                print_once(f"note: max_steps was {trainer[name]:,} and is now {value:,}: so the learning rate"
-                           " jumps to what the new schedule has for this step")
-            elif trainer.get(name, value) != value and not accept_changes:
-                raise ValueError(f"{self.run_dir} was started with {name} {trainer.get(name)}, and now it is"
-                                 f" {value}: give it as it was, or add --accept_changes")
+            before = trainer.get(name, value)
+            if name == "max_steps" and before != value:
+                print_once(f"note: max_steps was {before:,} and is now {value:,}: so the learning rate jumps"
+                           " to what the new schedule has for this step")
+            elif before != value and not accept_changes:
+                raise ValueError(f"{self.run_dir} was started with {name} {before}, and now it is {value}:"
+                                 " give it as it was, or add --accept_changes")
         saved = read_weights(checkpoint, "optimizer")
         for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
             for kind in ("step", "exp_avg", "exp_avg_sq"):
