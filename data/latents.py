@@ -28,7 +28,7 @@ from data.distributed import on_every_rank, print_once, quiet, rank_and_world_si
 from data.distributed import select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents
 from data.settings import Count, Pixels, NonNegative, read_settings
-from vlv import DiffusionDecoder, VLVConfig, load_pipeline
+from vlv import VLVConfig, load_decoder
 
 TO_DO, DONE, UNREADABLE = 0, 1, 2  # of an image, in latents.done.npy
 
@@ -89,8 +89,7 @@ def main(argv=None):
     dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize))
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load = lambda: DiffusionDecoder(model, load_pipeline(model.diffusion_model, False, dtype, with_unet=True))
-    decoder = on_every_rank(load).to(device)
+    decoder = on_every_rank(lambda: load_decoder(model, dtype, with_unet=True)).to(device)
     for problem in dataset.problems:
         print_once(problem)
     channels, *size = decoder.latent_shape

@@ -478,6 +478,7 @@ def micro_batches(samples: int, batch_size: int, micro_batch_size: int, seed: in
             yield list(zip(indices[first : first + micro_batch_size], seeds_of(seed, step, positions)))
 
 
+@torch.autocast("cpu", enabled=False)  # which cannot stack moments in half precision
 def collate(items: list[dict], draw_noise=None) -> dict:
     """A batch: "image" (B, 3, S, S) uint8; "caption", B texts; "moments" (B, 2C, h, w) or None; "noise", what
     draw_noise(seeds) returns; "seed", of dropout; "skipped", sentences; "unreadable", a sentence or None."""

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from data.distributed import quiet
 from data.results import panel
 from data.settings import Count, Steps, NonNegative, read_settings
-from vlv import VLV, draw_noise
+from vlv import VLV
 
 ATTRIBUTES = ("size", "color", "shape", "place")
 BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # half width between small and large
@@ -233,10 +233,10 @@ def main(argv=None):
         redraw("embedding of another", prompt_embeds.roll(1, 0)[here])
         redraw("true caption", true_captions)
         redraw("true caption with map", [*map(describe_precisely, truths[here])])
-        noise = draw_noise(range(at, at + len(images)), decoder.latent_shape, decoder.num_timesteps)
+        noise = decoder.draw_noise(range(at, at + len(images)))
         for name, prompt in [("empty prompt", [""] * len(images)), ("true caption", true_captions)]:
-            c = decoder.pipeline.encode_prompt(prompt, embeds.device, 1, False)[0]
-            losses[name] += decoder.denoising_loss(images, c, noise).item() * len(images)
+            loss = decoder.denoising_loss(images, decoder.encode_prompt(prompt), noise)
+            losses[name] += loss.item() * len(images)
         losses["embedding"] += decoder.denoising_loss(images, embeds, noise).item() * len(images)
         if captioner is not None:
             pairs = captioner.generate(embeds, args.num_beams, with_ends=True)

@@ -402,8 +402,8 @@ def embedding_features(subject: Subject, truths: list[dict]) -> np.ndarray:
 
 def caption_features(subject: Subject, truths: list[dict]) -> np.ndarray:
     """c of the true captions, (n, N D)."""
-    texts, encode = [describe(truth) for truth in truths], subject.model.decoder.pipeline.encode_prompt
-    parts = [encode(texts[at : at + 50], "cpu", 1, False)[0].flatten(1) for at in range(0, len(texts), 50)]
+    texts, encode = [describe(truth) for truth in truths], subject.model.decoder.encode_prompt
+    parts = [encode(texts[at : at + 50]).flatten(1) for at in range(0, len(texts), 50)]
     return torch.cat(parts).double().numpy()
 
 

@@ -1,11 +1,12 @@
 """
 Makes the shapes world's "pretrained" models from scratch; what it made is committed, so nobody has to run it.
 
-    python data/shapes/pretrain.py           # an hour and a half on two cores
+    python data/shapes/pretrain.py           # three hours on two cores
 
 writes, each an ordinary save_pretrained folder,
 
     models/sd         a Stable Diffusion: VAE, CLIP text encoder and UNet, trained to draw what a text says
+    models/sd3        a Stable Diffusion 3 on the same VAE: two CLIPs and a rectified-flow transformer
     models/florence   a Florence-2, trained on regions and on captioning as the real one was
     models/qwen       a Qwen2 that has read captions and never saw a picture
 
@@ -24,12 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from prepare import COLORS, MAP, RESOLUTION, SHAPES, SIZES
 from prepare import coverage, describe, describe_precisely, draw, scenes, validation_captions
 from tqdm import tqdm
-from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, Florence2Config
+from transformers import Florence2ForConditionalGeneration, Florence2Processor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
@@ -90,6 +93,33 @@ def encode_images(vae, images):
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
+def to_ids(tokenizer, texts, precise_texts):
+    """Token ids of the texts, of the precise texts and of the empty one, (n or 1, CONTEXT) each."""
+    ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+           for t in (texts, precise_texts, [""])]
+    assert ids[0].shape[1] == ids[1].shape[1] == CONTEXT, "a text is longer than CLIP's positions"
+    return ids
+
+
+def choose_prompts(ids, indices):
+    """One text of each scene, of either kind; 10 % are empty, for classifier-free guidance."""
+    kind = torch.rand(len(indices), 1)
+    return torch.where(kind < 0.45, ids[0][indices], torch.where(kind < 0.9, ids[1][indices], ids[2]))
+
+
+def make_clip(cls, tokenizer, width, **kwargs):
+    clip = cls(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3,
+        num_attention_heads=width // 32, max_position_embeddings=CONTEXT, hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, **kwargs))
+    # At this width CLIP's 0.02 would drown a word and its place in the average of the words around it.
+    embeddings = clip.get_submodule("text_model.embeddings" if hasattr(clip, "text_model") else "embeddings")
+    torch.nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
+    torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
+    return clip
+
+
 def train_sd(vae_path, images, texts, precise_texts, steps):
     vae = AutoencoderKL.from_pretrained(vae_path)
     mean, std = encode_images(vae, images)
@@ -97,14 +127,7 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
     tokenizer = CLIPTokenizer().train_new_from_iterator(
         texts[:5000] + precise_texts[:5000] + [" ".join(MAP)] * 100, vocab_size=1000, show_progress=False)
     tokenizer.model_max_length = CONTEXT
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=CONTEXT, hidden_act="gelu",
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id))
-    # At this width CLIP's 0.02 would drown a word and its place in the average of the words around it.
-    torch.nn.init.normal_(text_encoder.embeddings.token_embedding.weight, std=0.5)
-    torch.nn.init.normal_(text_encoder.embeddings.position_embedding.weight, std=0.5)
+    text_encoder = make_clip(CLIPTextModel, tokenizer, 128)
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 4, in_channels=4, out_channels=4,
         down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
@@ -116,15 +139,12 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               steps_offset=1, clip_sample=False, set_alpha_to_one=False,
                               prediction_type="v_prediction")
-    ids = [tokenizer(t, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-           for t in (texts, precise_texts, [""])]
-    assert ids[0].shape[1] == ids[1].shape[1] == CONTEXT, "a text is longer than CLIP's positions"
+    ids = to_ids(tokenizer, texts, precise_texts)
 
     def loss_of(indices):
         latents = (mean[indices] + std[indices] * torch.randn_like(mean[indices])) * vae.config.scaling_factor
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
-        kind = torch.rand(len(indices), 1)  # 10 % of the prompts are empty, for classifier-free guidance
-        prompts = torch.where(kind < 0.45, ids[0][indices], torch.where(kind < 0.9, ids[1][indices], ids[2]))
+        prompts = choose_prompts(ids, indices)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         velocity = scheduler.get_velocity(latents, noise, timesteps)
         return F.mse_loss(unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample, velocity)
@@ -133,6 +153,38 @@ def train_sd(vae_path, images, texts, precise_texts, steps):
     return (StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                                     scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                     requires_safety_checker=False),)
+
+
+def train_sd3(sd_path, images, texts, precise_texts, steps):
+    vae = AutoencoderKL.from_pretrained(sd_path / "vae")
+    mean, std = encode_images(vae, images)
+    vae.register_to_config(shift_factor=round(mean.mean().item(), 5))
+    tokenizer = CLIPTokenizer.from_pretrained(sd_path / "tokenizer")
+    clips = [make_clip(CLIPTextModelWithProjection, tokenizer, 64, projection_dim=64) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=RESOLUTION // 4, patch_size=1, in_channels=4, out_channels=4, num_layers=6,
+        num_attention_heads=4, attention_head_dim=32, joint_attention_dim=128, caption_projection_dim=128,
+        pooled_projection_dim=128, pos_embed_max_size=RESOLUTION // 4, qk_norm="rms_norm")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.5)
+    ids = to_ids(tokenizer, texts, precise_texts)
+
+    def loss_of(indices):
+        latents = mean[indices] + std[indices] * torch.randn_like(mean[indices])
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        noise, prompts = torch.randn_like(latents), choose_prompts(ids, indices)
+        steps = (1000 * torch.randn(len(indices)).sigmoid()).long()  # logit-normal (Esser et al. 2024, 3.1)
+        sigmas = scheduler.sigmas[steps].view(-1, 1, 1, 1)
+        outputs = [clip(prompts, output_hidden_states=True) for clip in clips]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        pooled = torch.cat([output.text_embeds for output in outputs], -1)
+        noisy, timesteps = (1 - sigmas) * latents + sigmas * noise, scheduler.timesteps[steps]
+        velocity = transformer(noisy, hidden, pooled, timesteps).sample
+        return F.mse_loss(velocity, noise - latents)
+
+    fit("sd3", [*clips, transformer], loss_of, steps, lr=1e-3, batch_size=64, count=len(images))
+    return (StableDiffusion3Pipeline(
+        vae=vae, text_encoder=clips[0], tokenizer=tokenizer, text_encoder_2=clips[1], tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None, transformer=transformer, scheduler=scheduler),)
 
 
 def train_qwen(texts, steps, width=128, layers=4):
@@ -232,8 +284,9 @@ def save(path, *parts):
     for part in parts:
         if hasattr(part, "to"):
             part.to(dtype=torch.float16)
-        if isinstance(part, StableDiffusionPipeline):  # it loads CLIP as it was saved, the others as float32
-            part.text_encoder.float()
+        for name, module in getattr(part, "components", {}).items():
+            if name.startswith("text_encoder") and module:  # a pipeline loads CLIP as it was saved
+                module.float()
         part.save_pretrained(temporary)
     for file in temporary.rglob("config.json"):  # diffusers notes where the VAE was; that place is no more
         values = json.loads(file.read_text())
@@ -249,6 +302,7 @@ class PretrainConfig:
     scenes: Count = 60_000
     vae_steps: Count = 5000
     sd_steps: Count = 8000
+    sd3_steps: Count = 8000
     qwen_steps: Count = 800
     region_steps: Count = 4000
     florence_steps: Count = 2000
@@ -276,6 +330,7 @@ def main(argv=None):
     make(vae_path, train_vae, images, args.vae_steps)
     make(sd_path, train_sd, vae_path, images, texts, precise_texts, args.sd_steps)
     shutil.rmtree(vae_path, ignore_errors=True)  # it lives in sd/vae now
+    make(args.out / "sd3", train_sd3, sd_path, images, texts, precise_texts, args.sd3_steps)
 
 
 if __name__ == "__main__":
