@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data.distributed import quiet, select_device
-from data.loader import COMPANIONS, is_image, is_shard, packed, walk
+from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
@@ -84,27 +84,26 @@ def choose_checkpoint(args: SampleConfig) -> Path:
     return checkpoint
 
 
-def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[str]]:
+def find_images(args: SampleConfig, results: Results) -> tuple[list[Path], list[str]]:
     """The image files that are meant, without what this program drew itself; and a sentence for each name
     that stands for none."""
-    drawn = {(results.folder / name).resolve() for name in results.pictures}
+    drawn = {(results.folder / (record["picture"] or "")).resolve() for record in results.records.values()}
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
-        there, out_of_reach = walk(name) if name.is_dir() else ([name], [])
-        there = [path for path in there if path.resolve() not in drawn]
-        found = [path for path in there if path == name or is_image(path)]
-        shards = [path for path in there if is_shard(path)]
-        problems += out_of_reach + packed(there)
-        if shards:
-            problems.append(f"{shards[0]}: for shards there is python data/caption.py {name} --out captions")
+        found = find_files(name)
+        is_meant = name.is_file() and not found.shards and not found.problems
+        images = [path for path in ([name] if is_meant else found.images) if path.resolve() not in drawn]
+        files += images
+        problems += found.problems
+        if found.shards:
+            problems.append(f"{name}: for shards there is python data/caption.py {name} --out captions")
         elif not name.exists():
             problems.append(f"{name}: there is no such file")
-        elif not found:
+        elif not images and not found.problems:
             problems.append(f"{name}: the folder holds no images")
-        files += [path for path in found if path.exists() and path not in shards]
-        others = [path for path in there if path.suffix.lower() not in COMPANIONS and path not in {*found}]
-        if others:
-            tqdm.write(f"no images: {len(others)} files, such as {printable(others[0])}", file=sys.stderr)
+        if found.others and name.is_dir():
+            count = len(found.others)
+            tqdm.write(f"no images: {count} files, such as {printable(found.others[0])}", file=sys.stderr)
     if args.mix and (problems or any(map(os.path.isdir, args.mix))):
         raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
     return files, problems
@@ -145,7 +144,7 @@ def main(argv=None) -> int:
             raise ValueError("one process does this; data/caption.py captions data sets with several")
         checkpoint, device = choose_checkpoint(args), select_device(args.device)
         results = Results(args.out)
-        files, problems = find_files(args, results)
+        files, problems = find_images(args, results)
         dtype = select_dtype(args.precision, device, checkpoint)
         model = VLV.from_pretrained(checkpoint, with_unet=not args.captions_only, dtype=dtype, device=device)
     except (OSError, ValueError) as error:

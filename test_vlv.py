@@ -2186,10 +2186,10 @@ def test_a_program_that_ends_while_its_loader_still_works_ends(way):
     """As a notebook does, or a test: Python's own end sends SIGTERM to the workers, which they ignore, and waits."""
     program = f"""
 import gc, torch
-from data.distributed import init_worker, start_workers
+from data.distributed import start_workers
 from data.loader import SyntheticDataset, collate
 dataset = SyntheticDataset(32, 3)
-kept = [start_workers(torch.utils.data.DataLoader(dataset, num_workers=2, worker_init_fn=init_worker, collate_fn=collate))]
+kept = [start_workers(dataset, [[i] for i in range(1000)], 2, collate_fn=collate)]
 print(len(next(kept[0])["caption"]))
 {way}
 """

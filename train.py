@@ -22,11 +22,10 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group, init_worker
+from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group
 from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
 from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
 from data.distributed import start_workers
@@ -273,8 +272,7 @@ def main(argv=None, saves_on_signals: bool = False):
         device = select_device(config.device)
     except ValueError as error:
         exit_run(f"error: {error}")
-    if world_size > 1:
-        init_process_group("nccl" if device.type == "cuda" else "gloo")
+    init_process_group("nccl" if device.type == "cuda" else "gloo")
     run_dir = None if config.benchmark else config.out_dir / f"stage{config.stage}"  # None: writes nothing
     check_restart(run_dir)
     stage1 = config.out_dir / "stage1" if config.stage == 2 and not config.random_init else None
@@ -332,10 +330,9 @@ def main(argv=None, saves_on_signals: bool = False):
     grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
     batches = micro_batches(len(dataset), config.batch_size, config.micro_batch_size, config.seed,
                             range(start, config.max_steps), rank, world_size)
-    loader = start_workers(DataLoader(
-        dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
-        timeout=PATIENCE if config.num_workers else 0, worker_init_fn=init_worker,
-        collate_fn=partial(collate, draw_noise=noise_of(model, config))))
+    loader = start_workers(dataset, batches, config.num_workers, pin_memory=device.type == "cuda",
+                           timeout=PATIENCE if config.num_workers else 0,
+                           collate_fn=partial(collate, draw_noise=noise_of(model, config)))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
     losses = []  # (loss, its parts) of each micro-batch since the last line of the log

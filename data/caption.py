@@ -30,9 +30,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import init_process_group, init_worker, on_every_rank, print_once, quiet
+from data.distributed import init_process_group, on_every_rank, print_once, quiet
 from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
-from data.loader import SECOND_IMAGE, is_shard, packed, read_shard, walk
+from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
 from data.results import TEXT, report, write_lines
 from data.run import checkpoint_fingerprint
 from data.settings import Count, printable, read_settings, same_as_before
@@ -92,27 +92,24 @@ class Shard:
         self.part.unlink()
 
 
-def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
-    """Raises ValueError for a name without shards, or if two shards would have one captions file."""
-    found = {}
+def find_shards(names: tuple[Path, ...], out: Path) -> tuple[list[Shard], list[str]]:
+    """The shards, and a sentence for each file that is out of reach. Raises ValueError for a name without
+    shards, or if two shards would have one captions file."""
+    shards, problems = {}, []
     for name in names:
-        files, problems = walk(name) if name.is_dir() else ([name], [])
-        paths = [path for path in files if is_shard(path)]
-        for problem in problems:
-            print_once(problem)
-        compressed = packed(files)
-        if compressed:
-            raise ValueError("; ".join(compressed))
-        if not paths or not all(path.is_file() for path in paths):
-            raise ValueError(f"{name}: no tar shards are there; sample.py captions images")
-        for path in paths:
+        found = find_files(name)
+        problems += found.problems
+        if not found.shards:
+            hints = "; ".join(["no tar shards are there; sample.py captions images", *found.problems])
+            raise ValueError(f"{name}: {hints}")
+        for path in found.shards:
             relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
-            shard = found.setdefault(relative, Shard(path, relative, out))
+            shard = shards.setdefault(relative, Shard(path, relative, out))
             if shard.path != path:
                 raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
-    if not found:
+    if not shards:
         raise ValueError("name tar shards, or folders of them")
-    return list(found.values())
+    return list(shards.values()), problems
 
 
 class ShardImages(torch.utils.data.Dataset):
@@ -124,18 +121,17 @@ class ShardImages(torch.utils.data.Dataset):
     def __getitem__(self, i) -> dict:
         name = f"{self.shard.name}.tar/{self.keys[i]}"
         try:
-            with open(self.shard.path, "rb") as file:
-                file.seek(self.spans[i, 0])
-                data = io.BytesIO(file.read(self.spans[i, 1]))
+            data = io.BytesIO(read_part(self.shard.path, *map(int, self.spans[i, :2])))
             return {"image": name, "pixels": to_pixels(data, self.config.image_size, self.config.resize)}
         except OSError as error:
             reason = " ".join(str(error).split())
             return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
 
 
-def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
-    """(checkpoint, shards). Raises ValueError or OSError for settings that cannot be."""
-    checkpoint, shards = find_checkpoint(args.ckpt), find_shards(args.shards, args.out)
+def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
+    """(checkpoint, shards, what is out of reach). Raises ValueError or OSError for settings that cannot be."""
+    checkpoint = find_checkpoint(args.ckpt)
+    shards, problems = find_shards(args.shards, args.out)
     if load_config(checkpoint).stage == 1:
         raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
     note = args.out / "settings.json"
@@ -146,7 +142,7 @@ def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
     settings = {name: getattr(args, name) for name in names}
     settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
     same_as_before(note, settings, "choose another --out")
-    return checkpoint, shards
+    return checkpoint, shards, problems
 
 
 def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):
@@ -160,9 +156,8 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
-    loader = start_workers(torch.utils.data.DataLoader(
-        ShardImages(shard, keys, spans, model.config), batch_sampler=batches, collate_fn=list,
-        num_workers=min(args.num_workers, len(batches)), worker_init_fn=init_worker))
+    loader = start_workers(ShardImages(shard, keys, spans, model.config), batches,
+                           min(args.num_workers, len(batches)), collate_fn=list)
     for _ in batches:
         start = time.perf_counter()
         items = next(loader)
@@ -187,13 +182,12 @@ def main(argv=None) -> int:
     quiet()
     rank, world_size = rank_and_world_size()
     device = on_every_rank(lambda: select_device("auto"))
-    if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
-    checkpoint, shards = on_every_rank(lambda: prepare(args))
+    init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+    checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
     mine = [shard for shard in shards if not shard.is_done()][rank::world_size]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
-    count, waited, start, unreadable = 0, 0.0, time.perf_counter(), []
+    count, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=len(mine), unit=" shards", disable=rank > 0 or not mine)
     try:
         for shard in mine:
@@ -213,7 +207,7 @@ def main(argv=None) -> int:
             return 0
         for shard in shards:
             if shard.unreadable.exists():
-                unreadable += shard.unreadable.read_text(**{"encoding": TEXT["encoding"]}).splitlines()
+                unreadable += shard.unreadable.read_text(encoding="utf-8").splitlines()
         if unreadable or (args.out / "unreadable.txt").exists():
             write_lines(args.out / "unreadable.txt", unreadable)
     except OSError as error:

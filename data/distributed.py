@@ -74,7 +74,10 @@ def select_device(name: str) -> torch.device:
 
 
 def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
-    """Joins the other processes. timeout: how long one waits for another, which may be indexing data."""
+    """Joins the other processes, if there are any. timeout: how long one waits for another, which may be
+    indexing data."""
+    if rank_and_world_size()[1] == 1:
+        return
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # after a restart torchrun hands out the same store, with the addresses of the dead in it
@@ -101,9 +104,8 @@ def note_signals() -> None:
 
 
 def init_worker(worker: int) -> None:
-    """For the workers of a loader that start_workers starts. Signals reach them, too, but the step that is
-    under way needs them; so they end with the process that started them, also where they wait for a pipe that
-    nobody reads any more."""
+    """Signals reach a loader's workers, too, but the step that is under way needs them; so they end with the
+    process that started them, also where they wait for a pipe that nobody reads any more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # through a pipe: shared memory may be small (64 MB in a container), and a kill leaves it behind
@@ -111,20 +113,23 @@ def init_worker(worker: int) -> None:
     threading.Thread(target=follow_parent, args=(os.getppid(), 0), daemon=True).start()
 
 
-def start_workers(loader: torch.utils.data.DataLoader):
-    """iter(loader). Not just after the processes have spoken: a child that is forked while gloo's thread lets
-    go of a tensor waits for ever for a lock of Python's (CPython 3.11)."""
+def start_workers(dataset, batches, num_workers: int, **kwargs):
+    """An iterator over a DataLoader. batches: lists of indices. Not just after the processes have spoken: a
+    child that is forked while gloo's thread lets go of a tensor waits for ever for a lock of Python's
+    (CPython 3.11)."""
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
+                                         worker_init_fn=init_worker, **kwargs)
     if dist.is_initialized():
         time.sleep(0.5)
     try:
-        batches = iter(loader)
+        iterator = iter(loader)
     except OSError as error:
         sys.exit(f"error: no process can be started to load data ({error}): --num_workers 0 does without")
-    if loader.num_workers:  # Python's end would send them SIGTERM, which they ignore, and wait for ever
-        end = weakref.WeakMethod(batches._shutdown_workers)
+    if num_workers:  # Python's end would send them SIGTERM, which they ignore, and wait for ever
+        end = weakref.WeakMethod(iterator._shutdown_workers)
         # the queues are held, as the garbage collector may else close them before it tells the workers to end
-        atexit.register(lambda queues=batches._index_queues: end() and end()())
-    return batches
+        atexit.register(lambda queues=iterator._index_queues: end() and end()())
+    return iterator
 
 
 def all_gather(value) -> list:

@@ -115,11 +115,6 @@ class Results:
         self.records = {record["image"]: record for record in read_records(self.path)}
         self.finish()
 
-    @property
-    def pictures(self) -> set[str]:
-        """The names of all pictures that were drawn."""
-        return {record["picture"] for record in self.records.values() if record["picture"]}
-
     def has(self, image: str, made_of: str) -> bool:
         """Whether this image's result is there, made of the same file, checkpoint and settings."""
         record = self.records.get(image, {})

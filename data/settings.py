@@ -154,12 +154,14 @@ def read_json(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
-    unfinished = path.with_name(f".{os.getpid()}.unfinished")
+def write_atomically(path: Path, write):
+    """Calls write(another path), and gives the result the name: the file at `path` is always whole. Returns
+    what write does."""
+    unfinished = path.with_name(f".{os.uname().nodename}.{os.getpid()}.unfinished")
     try:
-        write(unfinished)
+        result = write(unfinished)
         os.replace(unfinished, path)
+        return result
     finally:
         unfinished.unlink(missing_ok=True)
 
