@@ -87,11 +87,6 @@ RECIPE = {  # the paper's
 }
 
 
-def stage_defaults() -> dict[str, str]:
-    """The defaults of RECIPE in words, for --help."""
-    return {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
-
-
 def merge_settings(given: dict, saved: dict, world_size: int) -> TrainConfig:
     """The one place where settings meet: the paper's recipe, then those saved in the checkpoint that the run
     starts from, then those given by file and flags. Raises ValueError for settings that cannot be
@@ -199,8 +194,7 @@ def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
-@torch.no_grad()
-def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> dict[str, float]:
+def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str, float]:
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
     rank, world_size = rank_and_world_size()
@@ -211,36 +205,31 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torc
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
         batch = collate(items, noise_of(model, config))
         if not batch["unreadable"]:
-            losses = {"loss": loss_of(model, batch, device), **model.losses}
+            losses = {"loss": loss_of(model, batch, model.device), **model.losses}
             for name in losses:
                 totals[name] = totals.get(name, 0.0) + losses[name].item() * len(indices)
             count += len(indices)
     names = max(all_gather([*totals]), key=len)  # a process whose images cannot be read has none
-    *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], device)
+    *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], model.device)
     return {f"val_{name}": value / count for name, value in zip(names, sums)} or {"val_loss": math.nan}
 
 
 @torch.no_grad()
-def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> tuple:
-    """(a picture of the first validation images and what is redrawn, their captions)."""
-    count = min(config.eval_pictures, len(val_dataset))
-    items = [val_dataset[i] for i in range(count)]
-    images = torch.stack([item["image"] for item in items])
-    prompt_embeds = model.embed(images.to(device))
-    captions = [""] * len(images)
-    if config.stage == 2:
-        captions = model.caption_head.generate(prompt_embeds)
-        captions = [f"{caption}  (true: {item['caption']})" for caption, item in zip(captions, items)]
-    return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
-
-
-def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log: Log, step: int) -> None:
+def evaluate(model: VLV, val_dataset, config: TrainConfig, autocast, log: Log, step: int) -> None:
     """Logs the loss on the validation images, and the first of them redrawn and captioned."""
     model.eval()
     with autocast():
-        losses = validation_losses(model, val_dataset, config, device)
+        losses = validation_losses(model, val_dataset, config)
         if rank_and_world_size()[0] == 0 and config.eval_pictures:
-            log.pictures(step, *draw_pictures(model, val_dataset, config, device))
+            items = [val_dataset[i] for i in range(min(config.eval_pictures, len(val_dataset)))]
+            images = torch.stack([item["image"] for item in items])
+            prompt_embeds = model.embed(images.to(model.device))
+            captions = [""] * len(items)
+            if config.stage == 2:
+                captions = model.caption_head.generate(prompt_embeds)
+                captions = [f"{caption}  (true: {item['caption']})" for caption, item in zip(captions, items)]
+            rows = list(zip(images, model.decoder.reconstruct(prompt_embeds)))
+            log.pictures(step, panel(rows, captions), captions)
     model.train()
     log.scalars(step, **losses)
     words = ", ".join(f"{name.removeprefix('val_')} {value:.5f}" for name, value in losses.items())
@@ -266,12 +255,10 @@ def main(argv=None, saves_on_signals: bool = False):
     # --- settings: what is wrong with them ends the run before anything is loaded
     quiet()
     rank, world_size = rank_and_world_size()
-    try:
-        given = parse_with_file(TrainConfig, argv, __doc__, stage_defaults())
-        config = merge_settings(given, {}, world_size)
-        device = select_device(config.device)
-    except ValueError as error:
-        exit_run(f"error: {error}")
+    defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
+    given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
+    config = on_every_rank(lambda: merge_settings(given, {}, world_size))
+    device = on_every_rank(lambda: select_device(config.device))
     init_process_group("nccl" if device.type == "cuda" else "gloo")
     run_dir = None if config.benchmark else config.out_dir / f"stage{config.stage}"  # None: writes nothing
     check_restart(run_dir)
@@ -294,14 +281,13 @@ def main(argv=None, saves_on_signals: bool = False):
         dataset, val_dataset = main_rank_first(lambda: open_data(config))  # who comes first builds the index
     torch.manual_seed(config.seed)  # the same new weights on every process
     model = on_every_rank(lambda: load_model(config, checkpoint, device, dtype))
-    total = config.max_steps * config.batch_size
     if config.benchmark:
         moments = config.latents and config.denoises
         shape = (2 * model.decoder.latent_shape[0], *model.decoder.latent_shape[1:]) if moments else None
         dataset, val_dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, shape), None
     with autocast():
         flops = count_flops(model, dataset[0], device)
-    meter = Meter(flops, config.batch_size, total, world_size, device, config.usd_per_gpu_hour)
+    meter = Meter(config, flops, world_size, device)
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
     optimizer, params, ddp = make_optimizer(model, config, world_size)
@@ -340,7 +326,7 @@ def main(argv=None, saves_on_signals: bool = False):
     reason = None  # why the run ends before its last step
     is_due = start % config.eval_interval == 0 or start == config.max_steps
     if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # at the start, or missed
-        evaluate(model, val_dataset, config, device, autocast, log, start)
+        evaluate(model, val_dataset, config, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
         # --- a step: batches, loss, backward, clip, step
@@ -389,7 +375,7 @@ def main(argv=None, saves_on_signals: bool = False):
             *sums, count, all_skipped = all_reduce([*sums, len(losses), skipped], device)
             mean_loss, *parts = [value / count if count else math.nan for value in sums]
             losses = []
-            speed = meter.since_logged()
+            speed = meter.speed(-config.log_interval)
             bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
             log.scalars(step, loss=mean_loss, **dict(zip(model.losses, parts)), lr=lr,
                         grad_norm=grad_norm.item(), **speed, skipped=int(all_skipped),
@@ -401,13 +387,13 @@ def main(argv=None, saves_on_signals: bool = False):
         if step - start == 2 * config.log_interval or is_last:
             print_once(meter.summary())
         if step % config.save_interval == 0 or is_last or reason:
-            checkpointer.save(step)
+            checkpointer.save(step, log.best_step(saved=True))
         if reason:
             saved = "not saved" if checkpointer.problem else "saved"
             exit_run(f"{reason}, which is {saved}; go on with --resume", run_dir)
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
-                evaluate(model, val_dataset, config, device, autocast, log, step)
+                evaluate(model, val_dataset, config, autocast, log, step)
             log.curves()
 
     bar.close()

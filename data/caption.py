@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import init_process_group, on_every_rank, print_once, quiet
 from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
 from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
-from data.results import TEXT, report, write_lines
+from data.results import report
 from data.run import checkpoint_fingerprint
-from data.settings import Count, printable, read_settings, same_as_before
+from data.settings import TEXT, Count, printable, read_settings, same_as_before, write_lines
 from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
 
 

@@ -13,10 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.run import lock
-from data.settings import printable, write_atomically
-
-# "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
-TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
+from data.settings import TEXT, printable, write_atomically, write_lines
 
 
 def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
@@ -43,11 +40,6 @@ def panel(rows: list[list], captions: list[str], heads: list[str] | None = None)
             draw.text((4, top + side + 3 + line * number), words, "black", font)
         top += height
     return sheet
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    """The file, whole, with these lines."""
-    write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
 
 
 def read_records(path: Path) -> list[dict]:

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
-from data.settings import read_json, write_json, write_atomically
+from data.settings import TEXT, read_json, write_atomically, write_json, write_lines
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
 PATIENCE = 1800  # seconds that a run waits for a batch
@@ -72,14 +72,13 @@ def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | 
     file to keep open, checkpoint or None for the pretrained models, whether that is this run's own)."""
     is_writer = run_dir is not None and rank_and_world_size()[0] == 0
     locked = on_every_rank(lambda: lock(run_dir) if is_writer else None)
-    if is_writer:
-        shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
-    checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
     owner = ""
     if is_writer:
+        shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
         locked.seek(0)
         owner = locked.read()  # opening the file again, and closing it, would give the lock up
-    elif run_dir and (run_dir / ".lock").exists():
+    checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
+    if run_dir and not is_writer and (run_dir / ".lock").exists():
         owner = (run_dir / ".lock").read_text()
     seen = set(all_gather((str(checkpoint), owner)))
     if len(seen) > 1:
@@ -142,8 +141,9 @@ class Checkpointer:
                 self.optimizer.state[p][kind] = saved[name][...].to(p.device)
         return trainer["step"]
 
-    def save(self, step: int) -> None:
-        """Writes step-STEP, by all processes together. A failure is said, and the run goes on."""
+    def save(self, step: int, best: int | None = None) -> None:
+        """Writes step-STEP, by all processes together. A failure is said, and the run goes on. best: the step
+        whose checkpoint stays, beside the last two."""
         if self.run_dir is None:
             return
         start, folder = time.perf_counter(), self.run_dir / "saving"
@@ -175,7 +175,6 @@ class Checkpointer:
                 problems = [str(error)]
             shutil.rmtree(folder, ignore_errors=True)
             older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
-            best = best_step(self.run_dir, saved=True)
             for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problems else []:
                 with suppress(OSError):  # one that cannot be removed harms nothing
                     os.rename(old, folder)  # no half of it counts as a checkpoint
@@ -189,11 +188,14 @@ class Checkpointer:
 
 class Log:
     """The files beside a run's checkpoints. The run can do without them: where one cannot be written, it says
-    so and goes on. Lines of log.jsonl after step `start` are taken out, as they come again."""
+    so and goes on. `records`: the lines of log.jsonl, the same on every rank; those after step `start` are
+    taken out, as they come again."""
 
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
         self.run_dir, self.is_writer, self.board = run_dir, rank_and_world_size()[0] == 0, None
-        self.write("log.jsonl", lambda path: cut_log(path, start))
+        records = read_log(run_dir / "log.jsonl") if run_dir and self.is_writer else []
+        self.records = all_gather([record for record in records if record["step"] <= start])[0]
+        self.write("log.jsonl", lambda path: write_lines(path, map(json.dumps, self.records)))
         if tensorboard and run_dir and self.is_writer:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -210,22 +212,24 @@ class Log:
     def scalars(self, step: int, **values) -> None:
         """Adds a line to log.jsonl, with null for what is not finite."""
         values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
-        self.write("log.jsonl", lambda path: append(path, json.dumps({"step": step, **values})))
+        self.records.append({"step": step, **values})
+        self.write("log.jsonl", lambda path: append(path, json.dumps(self.records[-1])))
         for name, value in values.items() if self.board else ():
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
     def has(self, step: int, name: str) -> bool:
-        """Whether log.jsonl has this value of a step; the same on every rank."""
-        records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
-        return all_gather(any(record["step"] == step and name in record for record in records))[0]
+        return any(record["step"] == step and name in record for record in self.records)
 
     def best_step(self, saved: bool = False) -> int | None:
-        """See best_step; the same on every rank."""
-        return all_gather(best_step(self.run_dir, saved) if self.run_dir and self.is_writer else None)[0]
+        """The step with the least validation loss; saved: of those whose checkpoint is there."""
+        losses = {r["step"]: r["val_loss"] for r in self.records if r.get("val_loss") is not None}
+        found = checkpoints(self.run_dir) if self.run_dir else []
+        there = {int(path.name[5:]) for path in found} if saved else losses
+        return min(losses.keys() & there, key=losses.get, default=None)
 
     def curves(self) -> None:
-        self.write("curves.png", lambda path: draw_curves(path, read_log(self.run_dir / "log.jsonl")))
+        self.write("curves.png", lambda path: draw_curves(path, self.records))
 
     def pictures(self, step: int, sheet, captions: list[str]) -> None:
         self.write(f"step-{step:06d}.png", sheet.save)
@@ -242,7 +246,7 @@ class Log:
 
 
 def append(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", **TEXT) as file:
         file.write(line + "\n")
 
 
@@ -253,20 +257,6 @@ def read_log(path: Path) -> list[dict]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
-
-
-def best_step(run_dir: Path, saved: bool) -> int | None:
-    """The step with the least validation loss; saved: of those whose checkpoint is there."""
-    records = [r for r in read_log(run_dir / "log.jsonl") if r.get("val_loss") is not None]
-    losses = {record["step"]: record["val_loss"] for record in records}
-    there = {int(path.name[5:]) for path in checkpoints(run_dir)} if saved else losses
-    return min(losses.keys() & there, key=losses.get, default=None)
-
-
-def cut_log(path: Path, start: int) -> None:
-    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
-    if path.exists() and "".join(lines) != path.read_text():
-        write_atomically(path, lambda file: file.write_text("".join(lines)))
 
 
 def draw_curves(path: Path, records: list[dict]) -> None:
@@ -304,20 +294,18 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Meter:
-    """A run's clock. It times steps alone, not validation, pictures and saves between them.
+    """A run's clock. It times steps alone, not validation, pictures and saves between them. flops: of one
+    image, forward and backward."""
 
-    flops: of one image, forward and backward. batch_size: images a step, over all processes. total: images of
-    the whole stage."""
-
-    def __init__(self, flops, batch_size: int, total: int, processes: int, device, usd_per_gpu_hour: float):
-        self.flops, self.batch_size, self.total, self.processes = flops, batch_size, total, processes
-        self.device, self.usd_per_gpu_hour = device, usd_per_gpu_hour
+    def __init__(self, config, flops: int, processes: int, device: torch.device):
+        self.batch_size, self.usd_per_gpu_hour = config.batch_size, config.usd_per_gpu_hour
+        self.total = config.max_steps * config.batch_size  # images of the whole stage
+        self.flops, self.processes, self.device = flops, processes, device
         self.warm_up = 2 if device.type == "cuda" else 1  # steps in which kernels are compiled and chosen
-        self.seconds, self.waited, self.logged = [], [], 0  # of each step; how many the log has
+        self.steps = []  # of each its seconds, and how many of them it waited for data
 
     def start_step(self) -> None:
-        self.began = time.perf_counter()
-        self.waited.append(0.0)
+        self.began, self.waited = time.perf_counter(), 0.0
 
     def next(self, loader) -> dict:
         """The loader's next batch. Exits if there is none for half an hour."""
@@ -332,28 +320,23 @@ class Meter:
                 sys.exit(f"error: a process that loads data was killed ({str(error).splitlines()[0]}): if the"
                          " memory was full, lower --num_workers; --resume goes on")
             raise
-        self.waited[-1] += time.perf_counter() - start
+        self.waited += time.perf_counter() - start
         return batch
 
     def end_step(self) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
-        if self.device.type == "cuda" and len(self.seconds) == self.warm_up:
+        self.steps.append((time.perf_counter() - self.began, self.waited))
+        if self.device.type == "cuda" and len(self.steps) == self.warm_up:
             torch.cuda.reset_peak_memory_stats()
 
     def speed(self, first: int) -> dict[str, float]:
-        """Of the steps from number `first` on."""
-        seconds = sum(self.seconds[first:])
-        return {"images_per_second": len(self.seconds[first:]) * self.batch_size / seconds,
-                "waiting_for_data": sum(self.waited[first:]) / seconds}
-
-    def since_logged(self) -> dict[str, float]:
-        """speed() of the steps since the last call."""
-        first, self.logged = self.logged, len(self.seconds)
-        return self.speed(first)
+        """Of the steps from number `first` on; below 0: of the last steps."""
+        seconds, waited = map(sum, zip(*self.steps[first:]))
+        return {"images_per_second": len(self.steps[first:]) * self.batch_size / seconds,
+                "waiting_for_data": waited / seconds}
 
     def summary(self) -> str:
         """A sentence about all steps but the warm-up's."""
-        if len(self.seconds) <= self.warm_up:
+        if len(self.steps) <= self.warm_up:
             return "too few steps to say how fast they are"
         rate, waiting = self.speed(self.warm_up).values()
         each, hours = rate / self.processes, self.total / rate / 3600

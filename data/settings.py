@@ -20,6 +20,8 @@ Count = Annotated[int, 1, 10**9]
 NonNegative = Annotated[int, 0, 2**62]
 Pixels = Annotated[int, 1, 16384]
 Steps = Annotated[int, 1, 1000]  # of denoising
+# How texts are written: "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
+TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def describe(kind) -> str:
@@ -166,8 +168,13 @@ def write_atomically(path: Path, write):
         unfinished.unlink(missing_ok=True)
 
 
+def write_lines(path: Path, lines) -> None:
+    """The file, whole, with these lines."""
+    write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
+
+
 def write_json(path: Path, values: dict) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2, default=str) + "\n"))
+    write_lines(path, [json.dumps(values, indent=2, default=str)])
 
 
 def same_as_before(file: Path, settings: dict, hint: str) -> None:
