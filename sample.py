@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from data.distributed import quiet, select_device
+from data.distributed import quiet, run_and_exit, select_device
 from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
@@ -109,18 +109,6 @@ def find_images(args: SampleConfig, results: Results) -> tuple[list[Path], list[
     return files, problems
 
 
-def read_images(paths: list[Path], config: VLVConfig, fit: str) -> tuple[list, list[torch.Tensor], list[str]]:
-    """(paths, (3, S, S) uint8 images) of those that can be read, and a sentence for each other."""
-    good, images, problems = [], [], []
-    for path in paths:
-        try:
-            images.append(to_pixels(path, config.image_size, config.resize, fit))
-            good.append(path)
-        except OSError as error:
-            problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
-    return good, images, problems
-
-
 def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
     """What a result depends on, in short."""
     names = ("captions_only", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
@@ -129,10 +117,10 @@ def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def say(name: str, captions: list[str | None]) -> None:
-    for caption in captions:
+def say(record: dict) -> None:
+    for caption in record.get("captions", [record["caption"]]):
         said = " ".join((caption or "(no caption: stage 1)").split())
-        tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
+        tqdm.write(f"{printable(record['image'])}: {printable(said)}", file=sys.stdout)
 
 
 @torch.inference_mode()
@@ -161,18 +149,24 @@ def main(argv=None) -> int:
     try:
         made = {} if args.mix else {str(path): made_of(path, args, fingerprint) for path in files}
         for path in [] if args.overwrite or args.mix else [*files]:
-            if results.has(str(path), made[str(path)]):
-                record = results.records[str(path)]
-                say(record["image"], record.get("captions") or [record["caption"]])
+            record = results.records.get(str(path), {})
+            if record.get("made_of") == made[str(path)]:
+                say(record)
                 captioned[path] = record["caption"]
                 files.remove(path)
         if captioned:
             print(f"done before: {len(captioned):,}; --overwrite does them again", file=sys.stderr)
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
-            paths, images, unreadable = read_images(files[at : at + size], model.config, args.fit)
-            problems += unreadable
-            if not images or (args.mix and len(images) < 2):
+            pictures = []
+            for path in files[at : at + size]:
+                try:
+                    pixels = to_pixels(path, model.config.image_size, model.config.resize, args.fit)
+                    pictures.append((path, pixels))
+                except OSError as error:
+                    problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
+            if not pictures or (args.mix and len(pictures) < 2):
                 continue
+            paths, images = zip(*pictures)
             token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
             if args.mix:
@@ -180,7 +174,7 @@ def main(argv=None) -> int:
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
                 part = f" at {split}" if args.split is not None else ""
                 names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
-                rows = [images]
+                rows = [[*images]]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []
             if stage == 2:
@@ -199,25 +193,16 @@ def main(argv=None) -> int:
                 picture = panel([row + drawn], [""]) if drawn else None
                 more = {"captions": texts} if len(texts) > 1 else {}
                 more |= dict(checkpoint=str(checkpoint), made_of=made.get(name))
-                results.add(name, texts[0], picture, stem, **more)
+                say(results.add(name, texts[0], picture, stem, **more))
                 captioned[Path(name)] = texts[0]
-                say(name, texts)
         results.finish()
         problems += write_beside(captioned, args.beside, args.overwrite)
-    except BrokenPipeError:  # nobody reads what is printed any more, as in `sample.py photos | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
     if captioned:
-        what = "captions.jsonl and index.html are"
-        what = what if args.captions_only else f"pictures, {what}"
-        print(f"{what} in {args.out}/", file=sys.stderr)
+        print(f"captions.jsonl, index.html and what was drawn are in {args.out}/", file=sys.stderr)
     return report(problems)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was printed is kept")
+    run_and_exit(main, "stopped; what was printed is kept")

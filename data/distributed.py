@@ -27,17 +27,31 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 exit_reasons = []  # why this process was asked to exit
 
 
-def printing(stream):
-    """stdout or stderr, so that a command can print where it knows ASCII alone, or is closed."""
-    stream = stream or open(os.devnull, "w")
-    with suppress(AttributeError):  # of a notebook
-        stream.reconfigure(errors="backslashreplace")
-    return stream
+class Stream:
+    """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full, or it is
+    closed, or knows ASCII alone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError):  # of a notebook
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def quiet() -> None:
-    """Silences what libraries tell a command's user, who can do nothing about it."""
-    sys.stdout, sys.stderr = printing(sys.stdout), printing(sys.stderr)
+    """For commands: printing never fails, and libraries keep to themselves what a user cannot change."""
+    if not isinstance(sys.stdout, Stream):
+        sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -57,17 +71,18 @@ def print_once(text: str) -> None:
 def select_device(name: str) -> torch.device:
     """This process's device. auto: cuda if there is a GPU for each process, else mps (a Mac's GPU), else cpu.
     Raises ValueError if the device is not here."""
-    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    has_cuda = torch.cuda.device_count() >= processes
-    has_mps = torch.backends.mps.is_available() and processes == 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    is_here = {"cuda": torch.cuda.device_count() >= processes,
+               "mps": torch.backends.mps.is_available() and processes == 1, "cpu": True}
     if name == "auto":
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
+        name = next(name for name in is_here if is_here[name])
+    if not is_here[name]:
         raise ValueError(f"{name} is not here for each of {processes} processes (CUDA GPUs here:"
                          f" {torch.cuda.device_count()}): change --nproc_per_node, or add --device cpu")
     if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
     if processes > 1:  # processes that each take every core slow each other down tenfold
         torch.set_num_threads(max(1, os.cpu_count() // processes))
     return torch.device(name)
@@ -192,28 +207,10 @@ def check_restart(run_dir: Path | None) -> None:
             (run_dir / "stopped.txt").unlink()
 
 
-class Stream:
-    """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full."""
-
-    def __init__(self, stream):
-        self.stream = printing(stream)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 def run_and_exit(main, interrupted: str) -> None:
     """Runs a program and ends this process at once. Python's own way waits for processes that were killed; so
     does destroy_process_group, now and then, in torch 2.13."""
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    quiet()
     try:
         code = main()
     except SystemExit as end:

@@ -45,8 +45,8 @@ def panel(rows: list[list], captions: list[str], heads: list[str] | None = None)
 def read_records(path: Path) -> list[dict]:
     """The records of captions.jsonl, without a last half line of a call that was killed. Raises ValueError if
     another program has written the file."""
-    records, lines = [], open(path, **TEXT).readlines() if path.exists() else []
-    for line in lines:
+    records = []
+    for line in open(path, **TEXT) if path.exists() else []:
         try:
             record = json.loads(line)
             records.append({key: record[key] for key in ("image", "caption", "picture")} | record)
@@ -104,32 +104,28 @@ class Results:
     def __init__(self, folder: Path):
         self.lock = lock(folder)  # two calls at a time would each take the other's lines away
         self.folder, self.path = folder, folder / "captions.jsonl"
-        self.records = {record["image"]: record for record in read_records(self.path)}
+        self.records = {r["image"]: r for r in read_records(self.path)}
+        for record in self.records.values():
+            if record["picture"] and not (folder / record["picture"]).exists():
+                record |= {"picture": None, "made_of": None}  # it is to be drawn again
         self.finish()
 
-    def has(self, image: str, made_of: str) -> bool:
-        """Whether this image's result is there, made of the same file, checkpoint and settings."""
-        record = self.records.get(image, {})
-        whole = not record.get("picture") or (self.folder / record["picture"]).exists()
-        return record.get("made_of") == made_of and whole
-
-    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> None:
-        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
-        that is another's. more: what else the line says."""
+    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> dict:
+        """Replaces this image's result, if there was one; returns its record. The picture is STEM.png, or
+        STEM-2.png, ... where that is another's. more: what else the line says."""
         before = self.records.pop(image, {"picture": None, "caption": None})
         name = before["picture"]
         if picture is not None:
             name = name or self.free_name(stem)
             write_atomically(self.folder / name, lambda file: picture.save(file, "png"))
-        elif name and not (self.folder / name).exists():
-            name = None
         elif name and before["caption"] != caption:
             tqdm.write(f"{name} is removed: it was drawn from another caption", file=sys.stderr)
             (self.folder / name).unlink(missing_ok=True)
             name = None
-        self.records[image] = {"image": image, "caption": caption, "picture": name} | more
+        record = self.records[image] = {"image": image, "caption": caption, "picture": name} | more
         with open(self.path, "a", **TEXT) as file:
-            file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return record
 
     def free_name(self, stem: str) -> str:
         name, number = f"{stem}.png", 1
