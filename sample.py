@@ -28,7 +28,7 @@ from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
+from vlv import VLV, find_checkpoint, load_config, select_dtype, to_pixels
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 

@@ -25,10 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group
-from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
-from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
-from data.distributed import start_workers
+from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, exit_reasons, exit_run
+from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
+from data.distributed import quiet, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared, micro_batches, seeds_of
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
@@ -153,14 +152,14 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     return model.train()
 
 
-def make_optimizer(model: VLV, config: TrainConfig, world_size: int) -> tuple:
+def make_optimizer(model: VLV, config: TrainConfig) -> tuple:
     """(optimizer, parameters that learn, the model, in DDP if there are several processes). What learns stays
     in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. The memory that this costs,
     AdamW's two moments, is shared out among the processes (ZeRO's first stage)."""
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=True)
-    if world_size == 1:
+    if WORLD_SIZE == 1:
         return torch.optim.AdamW(params, **adamw), params, model
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes nearly as long to import as torch
 
@@ -197,8 +196,7 @@ def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
 def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str, float]:
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
-    rank, world_size = rank_and_world_size()
-    mine = list(range(min(config.eval_images, len(val_dataset))))[rank::world_size]
+    mine = list(range(min(config.eval_images, len(val_dataset))))[RANK::WORLD_SIZE]
     totals, count = {}, 0
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
@@ -220,7 +218,7 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, autocast, log: Log, s
     model.eval()
     with autocast():
         losses = validation_losses(model, val_dataset, config)
-        if rank_and_world_size()[0] == 0 and config.eval_pictures:
+        if RANK == 0 and config.eval_pictures:
             items = [val_dataset[i] for i in range(min(config.eval_pictures, len(val_dataset)))]
             images = torch.stack([item["image"] for item in items])
             prompt_embeds = model.embed(images.to(model.device))
@@ -239,11 +237,10 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, autocast, log: Log, s
 
 def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, runs_in) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
-    world_size = rank_and_world_size()[1]
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
     lines = [f"starting from {initialized_from}, with {dataset}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
-             f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
+             f" {WORLD_SIZE} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
              f" learning rate {config.learning_rate:g} ({config.lr_schedule})"]
     for name, part in model.parts().items():
         learns = "trained" if is_trained(part) else "frozen "
@@ -254,21 +251,19 @@ def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, sta
 def main(argv=None, saves_on_signals: bool = False):
     # --- settings: what is wrong with them ends the run before anything is loaded
     quiet()
-    rank, world_size = rank_and_world_size()
     defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
     given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
-    config = on_every_rank(lambda: merge_settings(given, {}, world_size))
+    config = on_every_rank(lambda: merge_settings(given, {}, WORLD_SIZE))
     device = on_every_rank(lambda: select_device(config.device))
     init_process_group("nccl" if device.type == "cuda" else "gloo")
     run_dir = None if config.benchmark else config.out_dir / f"stage{config.stage}"  # None: writes nothing
-    check_restart(run_dir)
     stage1 = config.out_dir / "stage1" if config.stage == 2 and not config.random_init else None
     locked, checkpoint, resumes = open_run(run_dir, config.init_from, config.resume, stage1)
     if checkpoint:
         saved = on_every_rank(lambda: dataclasses.asdict(load_config(checkpoint)))
         if config.stage == 2 and not resumes:
             saved["caption_end"] = "token"  # which is learned from now on
-        config = on_every_rank(lambda: merge_settings(given, saved, world_size))
+        config = on_every_rank(lambda: merge_settings(given, saved, WORLD_SIZE))
         if saved["stage"] > config.stage:
             print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
@@ -287,10 +282,10 @@ def main(argv=None, saves_on_signals: bool = False):
         dataset, val_dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, shape), None
     with autocast():
         flops = count_flops(model, dataset[0], device)
-    meter = Meter(config, flops, world_size, device)
+    meter = Meter(config, flops, device)
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
-    optimizer, params, ddp = make_optimizer(model, config, world_size)
+    optimizer, params, ddp = make_optimizer(model, config)
     names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size", "resize")
     started_with = {name: getattr(config, name) for name in names}
     started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
@@ -310,17 +305,17 @@ def main(argv=None, saves_on_signals: bool = False):
         settings = dataclasses.asdict(config) | {"micro_batch_size": given.get("micro_batch_size")}
         settings = {name: settings[name] for name in settings if name not in ONLY_NOW}
         log.write("settings.json", lambda path: write_json(path, settings))
-    log.skipped(dataset.problems if rank == 0 else [])
+    log.skipped(dataset.problems if RANK == 0 else [])
     if saves_on_signals:  # from here on there is something to save
         note_signals()
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
     batches = micro_batches(len(dataset), config.batch_size, config.micro_batch_size, config.seed,
-                            range(start, config.max_steps), rank, world_size)
+                            range(start, config.max_steps), RANK, WORLD_SIZE)
     loader = start_workers(dataset, batches, config.num_workers, pin_memory=device.type == "cuda",
                            timeout=PATIENCE if config.num_workers else 0,
                            collate_fn=partial(collate, draw_noise=noise_of(model, config)))
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
-               desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
+               desc=f"stage {config.stage}", disable=RANK > 0, unit_scale=True, mininterval=0.5)
     losses = []  # (loss, its parts) of each micro-batch since the last line of the log
     skipped = not_finite = not_finite_in_a_row = 0
     reason = None  # why the run ends before its last step
@@ -340,7 +335,7 @@ def main(argv=None, saves_on_signals: bool = False):
             log.skipped(batch["skipped"])
             skipped += len(batch["skipped"])
             unreadable = unreadable or batch["unreadable"]
-            if world_size > 1:  # gradients are exchanged once a step; DDP reads this in the forward pass
+            if WORLD_SIZE > 1:  # gradients are exchanged once a step; DDP reads this in the forward pass
                 ddp.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             torch.manual_seed(batch["seed"])  # dropout
             with autocast():
@@ -358,7 +353,7 @@ def main(argv=None, saves_on_signals: bool = False):
         if not bad:
             optimizer.step()
             losses += step_losses
-        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients stay where they are, in buckets
+        optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)  # DDP's gradients stay where they are, in buckets
         meter.end_step()
         bar.update(config.batch_size)
 
@@ -402,8 +397,7 @@ def main(argv=None, saves_on_signals: bool = False):
     best = log.best_step(saved=True)
     better = f"; the best that is saved: step-{best:06d}" if best not in (None, config.max_steps) else ""
     print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}{better}")
-    if world_size > 1:
-        dist.barrier()
+    all_gather(None)  # the others are done, too
     if locked:
         locked.close()
 

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import init_process_group, on_every_rank, print_once, quiet
-from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
+from data.distributed import RANK, WORLD_SIZE, all_gather, exit_reasons, init_process_group, on_every_rank
+from data.distributed import quiet, run_and_exit, select_device, start_workers
 from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
 from data.results import report
 from data.run import checkpoint_fingerprint
@@ -129,7 +128,7 @@ class ShardImages(torch.utils.data.Dataset):
 
 
 def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
-    """(checkpoint, shards, what is out of reach). Raises ValueError or OSError for settings that cannot be."""
+    """(checkpoint, shards, what is out of reach). Raises ValueError or OSError for wrong settings."""
     checkpoint = find_checkpoint(args.ckpt)
     shards, problems = find_shards(args.shards, args.out)
     if load_config(checkpoint).stage == 1:
@@ -180,15 +179,14 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
 def main(argv=None) -> int:
     args = read_settings(CaptionConfig, argv, __doc__)
     quiet()
-    rank, world_size = rank_and_world_size()
     device = on_every_rank(lambda: select_device("auto"))
-    init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+    init_process_group("gloo", timedelta(days=30))
     checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
-    mine = [shard for shard in shards if not shard.is_done()][rank::world_size]
+    mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
     count, waited, start = 0, 0.0, time.perf_counter()
-    bar = tqdm(total=len(mine), unit=" shards", disable=rank > 0 or not mine)
+    bar = tqdm(total=len(mine), unit=" shards", disable=RANK > 0 or not mine)
     try:
         for shard in mine:
             for images, seconds in caption_shard(args, model, device, shard):
@@ -196,14 +194,13 @@ def main(argv=None) -> int:
                 waited += seconds
                 elapsed = time.perf_counter() - start
                 per_dollar = count / elapsed * 3600 / args.usd_per_gpu_hour
-                rate, waiting = count / elapsed * world_size, waited / elapsed
+                rate, waiting = count / elapsed * WORLD_SIZE, waited / elapsed
                 bar.set_postfix_str(f"{rate:,.1f}/s, {per_dollar:,.0f} per dollar, {waiting:.0%} waiting")
                 if exit_reasons:
                     sys.exit("stopped by the end of torchrun; the same command goes on")
             bar.update()
-        if world_size > 1:
-            dist.barrier()
-        if rank > 0:
+        all_gather(None)  # who is done waits for the others
+        if RANK > 0:
             return 0
         for shard in shards:
             if shard.unreadable.exists():

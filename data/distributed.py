@@ -23,6 +23,9 @@ from tqdm import tqdm
 
 PARENT = os.getppid()  # torchrun, if it started this process
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks a run to save and exit
+# What torchrun says: RANK among all processes, LOCAL_RANK among those of this machine
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 exit_reasons = []  # why this process was asked to exit
 
@@ -58,46 +61,41 @@ def quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def print_once(text: str) -> None:
     """Prints on rank 0, above the progress bar."""
-    if rank_and_world_size()[0] == 0:
+    if RANK == 0:
         tqdm.write(text)
 
 
 def select_device(name: str) -> torch.device:
     """This process's device. auto: cuda if there is a GPU for each process, else mps (a Mac's GPU), else cpu.
     Raises ValueError if the device is not here."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    is_here = {"cuda": torch.cuda.device_count() >= processes,
-               "mps": torch.backends.mps.is_available() and processes == 1, "cpu": True}
+    is_here = {"cuda": torch.cuda.device_count() >= LOCAL_WORLD_SIZE,
+               "mps": torch.backends.mps.is_available() and LOCAL_WORLD_SIZE == 1, "cpu": True}
     if name == "auto":
         name = next(name for name in is_here if is_here[name])
     if not is_here[name]:
-        raise ValueError(f"{name} is not here for each of {processes} processes (CUDA GPUs here:"
+        raise ValueError(f"{name} is not here for each of {LOCAL_WORLD_SIZE} processes (CUDA GPUs here:"
                          f" {torch.cuda.device_count()}): change --nproc_per_node, or add --device cpu")
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         return device
-    if processes > 1:  # processes that each take every core slow each other down tenfold
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+    if LOCAL_WORLD_SIZE > 1:  # processes that each take every core slow each other down tenfold
+        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD_SIZE))
     return torch.device(name)
 
 
 def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
     """Joins the other processes, if there are any. timeout: how long one waits for another, which may be
     indexing data."""
-    if rank_and_world_size()[1] == 1:
+    if WORLD_SIZE == 1:
         return
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    if LOCAL_WORLD_SIZE == WORLD_SIZE:
         # after a restart torchrun hands out the same store, with the addresses of the dead in it
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
     dist.barrier()
     threading.Thread(target=follow_parent, args=(PARENT, 120), daemon=True).start()
 
@@ -181,30 +179,20 @@ def on_every_rank(task):
 
 def main_rank_first(task):
     """on_every_rank(task), but one process of each machine goes first; the others find what it made."""
-    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = on_every_rank(lambda: task() if goes_first else None)
-    return on_every_rank(lambda: result if goes_first else task())
+    result = on_every_rank(lambda: task() if LOCAL_RANK == 0 else None)
+    return on_every_rank(lambda: task() if LOCAL_RANK else result)
 
 
 def exit_run(sentence: str, run_dir: Path | None = None) -> None:
     """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, which
     torchrun's restarts find: they cannot hint it."""
-    rank = int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0))
+    rank = RANK if dist.is_initialized() else LOCAL_RANK
     if rank > 0 and not dist.is_initialized():
         time.sleep(60)  # torchrun ends this process once the first one has spoken
     if rank == 0 and run_dir:
         with suppress(OSError):
             (run_dir / "stopped.txt").write_text(sentence + "\n", encoding="utf-8", errors="backslashreplace")
     sys.exit(1 if rank else sentence)
-
-
-def check_restart(run_dir: Path | None) -> None:
-    """Exits if torchrun restarts a run that has ended for a reason. A new start removes the reason."""
-    if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
-        sys.exit(1)
-    if run_dir and rank_and_world_size()[0] == 0:
-        with suppress(OSError):
-            (run_dir / "stopped.txt").unlink()
 
 
 def run_and_exit(main, interrupted: str) -> None:

@@ -23,9 +23,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import all_gather, exit_run, init_process_group, main_rank_first
-from data.distributed import on_every_rank, print_once, quiet, rank_and_world_size, run_and_exit
-from data.distributed import select_device, start_workers
+from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, main_rank_first
+from data.distributed import on_every_rank, print_once, quiet, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents, load_latents
 from data.settings import Count, Pixels, NonNegative, read_settings, write_json
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -61,7 +60,6 @@ def make_files(dataset: ImageTextDataset, model: str, shape: tuple) -> None:
 def main(argv=None):
     config = read_settings(LatentsConfig, argv, __doc__)
     quiet()
-    rank, world_size = rank_and_world_size()
     device = select_device("auto")
     init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
     dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize))
@@ -74,15 +72,15 @@ def main(argv=None):
         print_once(problem)
     channels, *size = decoder.latent_shape
     shape = (len(dataset), 2 * channels, *size)
-    on_every_rank(lambda: make_files(dataset, config.diffusion_model, shape) if rank == 0 else None)
+    on_every_rank(lambda: make_files(dataset, config.diffusion_model, shape) if RANK == 0 else None)
     moments, done = on_every_rank(lambda: load_latents(dataset, config.diffusion_model, "r+"))
 
     to_do = np.flatnonzero(done != DONE)  # in order: neighbours lie beside each other on the disk
     batches = [to_do[first : first + config.batch_size] for first in range(0, len(to_do), config.batch_size)]
-    batches = batches[rank::world_size]
+    batches = batches[RANK::WORLD_SIZE]
     loader = start_workers(dataset, batches, config.num_workers, collate_fn=list)
     finished, unreadable = [], []
-    bar = tqdm(batches, desc="latents", unit="batch", disable=rank > 0)
+    bar = tqdm(batches, desc="latents", unit="batch", disable=RANK > 0)
     for number, batch in enumerate(bar, 1):
         items = dict(zip(batch, next(loader)))
         images = {i: item["image"] for i, item in items.items() if not item["unreadable"]}

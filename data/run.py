@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
+from data.distributed import RANK, RESTARTS, WORLD_SIZE, all_gather, exit_run, on_every_rank, print_once
 from data.settings import TEXT, read_json, write_atomically, write_json, write_lines
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
@@ -66,14 +66,18 @@ def lock(folder: Path):
 
 
 def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
-    """Takes the run's folder, and finds where the run starts. Exits if that cannot be.
+    """Takes the run's folder, and finds where the run starts. Exits if that cannot be, or where torchrun
+    restarts a run that has ended for a reason.
 
     run_dir: None for a run that writes nothing. stage1: the run that this one follows, if any. Returns (a
     file to keep open, checkpoint or None for the pretrained models, whether that is this run's own)."""
-    is_writer = run_dir is not None and rank_and_world_size()[0] == 0
+    is_writer = run_dir is not None and RANK == 0
+    if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
+        sys.exit(1)
     locked = on_every_rank(lambda: lock(run_dir) if is_writer else None)
     owner = ""
     if is_writer:
+        (run_dir / "stopped.txt").unlink(missing_ok=True)  # a new start removes the reason
         shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
         locked.seek(0)
         owner = locked.read()  # opening the file again, and closing it, would give the lock up
@@ -147,11 +151,10 @@ class Checkpointer:
         if self.run_dir is None:
             return
         start, folder = time.perf_counter(), self.run_dir / "saving"
-        rank, world_size = rank_and_world_size()
-        part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
+        part = f"-{RANK + 1:05d}-of-{WORLD_SIZE:05d}" if WORLD_SIZE > 1 else ""
         weights = self.model.learned_state()
         by_size = sorted(weights, key=lambda name: -weights[name].numel())
-        mine = {name: weights[name] for name in by_size[rank::world_size]}
+        mine = {name: weights[name] for name in by_size[RANK::WORLD_SIZE]}
         state = {f"{self.names[p]}.{kind}": value
                  for p, values in self.optimizer.state.items() for kind, value in values.items()}
         problem = None
@@ -159,14 +162,14 @@ class Checkpointer:
             folder.mkdir(exist_ok=True)
             write_weights(folder / f"model{part}.safetensors", mine, self.model.config)
             write_weights(folder / f"optimizer{part}.safetensors", state, self.model.config)
-            if rank == 0:
+            if RANK == 0:
                 write_json(folder / "trainer.json", {"step": step} | self.started_with)
                 write_about(folder, self.model)
             sync(folder)
         except (OSError, ValueError) as error:
             problem = str(error)
         problems = [p for p in all_gather(problem) if p]
-        if rank == 0:
+        if RANK == 0:
             try:
                 if not problems:
                     os.rename(folder, self.run_dir / f"step-{step:06d}")
@@ -192,8 +195,11 @@ class Log:
     taken out, as they come again."""
 
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
-        self.run_dir, self.is_writer, self.board = run_dir, rank_and_world_size()[0] == 0, None
-        records = read_log(run_dir / "log.jsonl") if run_dir and self.is_writer else []
+        self.run_dir, self.is_writer, self.board = run_dir, RANK == 0, None
+        path, records = run_dir and run_dir / "log.jsonl", []
+        for line in path.open() if run_dir and path.exists() else []:
+            with suppress(ValueError):  # an incomplete line, which a full disk leaves
+                records.append(json.loads(line))
         self.records = all_gather([record for record in records if record["step"] <= start])[0]
         self.write("log.jsonl", lambda path: write_lines(path, map(json.dumps, self.records)))
         if tensorboard and run_dir and self.is_writer:
@@ -250,15 +256,6 @@ def append(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl, without incomplete ones, which a full disk leaves."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
 def draw_curves(path: Path, records: list[dict]) -> None:
     """Draws the losses in records, the lines of log.jsonl, on a logarithmic scale."""
     width, height = 1200, 800
@@ -285,22 +282,14 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     write_atomically(path, lambda file: image.save(file, "png"))
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class Meter:
     """A run's clock. It times steps alone, not validation, pictures and saves between them. flops: of one
     image, forward and backward."""
 
-    def __init__(self, config, flops: int, processes: int, device: torch.device):
+    def __init__(self, config, flops: int, device: torch.device):
         self.batch_size, self.usd_per_gpu_hour = config.batch_size, config.usd_per_gpu_hour
         self.total = config.max_steps * config.batch_size  # images of the whole stage
-        self.flops, self.processes, self.device = flops, processes, device
+        self.flops, self.device = flops, device
         self.warm_up = 2 if device.type == "cuda" else 1  # steps in which kernels are compiled and chosen
         self.steps = []  # of each its seconds, and how many of them it waited for data
 
@@ -339,12 +328,15 @@ class Meter:
         if len(self.steps) <= self.warm_up:
             return "too few steps to say how fast they are"
         rate, waiting = self.speed(self.warm_up).values()
-        each, hours = rate / self.processes, self.total / rate / 3600
+        each, hours = rate / WORLD_SIZE, self.total / rate / 3600
         dollars = ""
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
-            usd = hours * self.processes * self.usd_per_gpu_hour
+            memory = torch.cuda.max_memory_allocated()
+            usd = hours * WORLD_SIZE * self.usd_per_gpu_hour
             dollars = f", ${usd:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour"
         return (f"{rate:,.3g} images/s ({each:.3g} a process), {waiting:.0%} of the time waiting for data |"
                 f" {self.flops / 1e12:.3g} TFLOP an image, {each * self.flops / 1e12:.3g} TFLOP/s a process |"
-                f" {peak_memory(self.device):.1f} GB at the peak | the whole stage:"
+                f" {memory / 1e9:.1f} GB at the peak | the whole stage:"
                 f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'}{dollars}")

@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
-from data.distributed import all_gather, init_process_group, on_every_rank, quiet, rank_and_world_size
+from data.distributed import RANK, WORLD_SIZE, all_gather, init_process_group, on_every_rank, quiet
 from data.distributed import run_and_exit, select_device
 from data.loader import IMAGE_ENDINGS, seeds_of
 from data.results import panel
@@ -273,7 +273,7 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
 def main(argv=None) -> None:
     quiet()
     args = read_settings(EvaluateConfig, argv, __doc__)
-    rank, world_size = rank_and_world_size()
+    rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
     if world_size > 1:
         init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
