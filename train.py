@@ -35,13 +35,14 @@ from data.settings import Count, NonNegative, parse_with_file, write_json
 from vlv import VLV, VLVConfig, draw_noise, is_trained, load_config, select_dtype
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
-ONLY_NOW = ("resume", "accept_changes", "benchmark")  # not in settings.json, which is for --config
+ONLY_NOW = ("config", "resume", "accept_changes", "benchmark")  # not in settings.json, which is for --config
 
 
 @dataclass
 class TrainConfig(VLVConfig):
     """Every setting of a run, beside those of the model. None: the stage's value in RECIPE."""
 
+    config: Path | None = None  # JSON file with settings; those of one stage under stage1 or stage2
     data: str | None = None  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no texts
     captions: str = ""  # data/caption.py's --out for these shards, in the place of their texts
     val_data: str = ""  # the same for validation; empty: no validation

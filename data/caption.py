@@ -91,26 +91,6 @@ class Shard:
         self.part.unlink()
 
 
-def find_shards(names: tuple[Path, ...], out: Path) -> tuple[list[Shard], list[str]]:
-    """The shards, and a sentence for each file that is out of reach. Raises ValueError for a name without
-    shards, or if two shards would have one captions file."""
-    shards, problems = {}, []
-    for name in names:
-        found = find_files(name)
-        problems += found.problems
-        if not found.shards:
-            hints = "; ".join(["no tar shards are there; sample.py captions images", *found.problems])
-            raise ValueError(f"{name}: {hints}")
-        for path in found.shards:
-            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
-            shard = shards.setdefault(relative, Shard(path, relative, out))
-            if shard.path != path:
-                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
-    if not shards:
-        raise ValueError("name tar shards, or folders of them")
-    return list(shards.values()), problems
-
-
 class ShardImages(torch.utils.data.Dataset):
     """Index -> {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
 
@@ -118,30 +98,44 @@ class ShardImages(torch.utils.data.Dataset):
         self.shard, self.keys, self.spans, self.config = shard, keys, spans, config
 
     def __getitem__(self, i) -> dict:
-        name = f"{self.shard.name}.tar/{self.keys[i]}"
+        item = {"image": f"{self.shard.name}.tar/{self.keys[i]}"}
         try:
             data = io.BytesIO(read_part(self.shard.path, *map(int, self.spans[i, :2])))
-            return {"image": name, "pixels": to_pixels(data, self.config.image_size, self.config.resize)}
+            item["pixels"] = to_pixels(data, self.config.image_size, self.config.resize)
         except OSError as error:
             reason = " ".join(str(error).split())
-            return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
+            item["problem"] = f"{item['image']}: cannot be read as an image: {reason}"
+        return item
 
 
 def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
-    """(checkpoint, shards, what is out of reach). Raises ValueError or OSError for wrong settings."""
-    checkpoint = find_checkpoint(args.ckpt)
-    shards, problems = find_shards(args.shards, args.out)
+    """(checkpoint, shards, a sentence for each file that is out of reach). Raises ValueError or OSError if
+    there are no shards, two of them would have one captions file, or these would mix with others."""
+    checkpoint, shards, problems = find_checkpoint(args.ckpt), {}, []
+    for name in args.shards:
+        found = find_files(name)
+        problems += found.problems
+        if not found.shards:
+            hints = ["no tar shards are there; sample.py captions images", *found.problems]
+            raise ValueError(f"{name}: {'; '.join(hints)}")
+        for path in found.shards:
+            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
+            shard = shards.setdefault(relative, Shard(path, relative, args.out))
+            if shard.path != path:
+                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
+    if not shards:
+        raise ValueError("name tar shards, or folders of them")
     if load_config(checkpoint).stage == 1:
         raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
     note = args.out / "settings.json"
-    others = [shard.final for shard in shards if shard.final.exists() and not note.exists()]
+    others = [shard.final for shard in shards.values() if shard.final.exists() and not note.exists()]
     if others:
         raise ValueError(f"{others[0]} was not written by this program: choose another --out")
     names = ("num_beams", "precision", "max_new_tokens", "batch_size")
     settings = {name: getattr(args, name) for name in names}
     settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
     same_as_before(note, settings, "choose another --out")
-    return checkpoint, shards, problems
+    return checkpoint, list(shards.values()), problems
 
 
 def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):

@@ -1,6 +1,7 @@
 """What sample.py writes into --out: pictures, captions.jsonl, and index.html to look at them."""
 
 import html
+import itertools
 import json
 import os
 import sys
@@ -40,20 +41,6 @@ def panel(rows: list[list], captions: list[str], heads: list[str] | None = None)
             draw.text((4, top + side + 3 + line * number), words, "black", font)
         top += height
     return sheet
-
-
-def read_records(path: Path) -> list[dict]:
-    """The records of captions.jsonl, without a last half line of a call that was killed. Raises ValueError if
-    another program has written the file."""
-    records = []
-    for line in open(path, **TEXT) if path.exists() else []:
-        try:
-            record = json.loads(line)
-            records.append({key: record[key] for key in ("image", "caption", "picture")} | record)
-        except (ValueError, KeyError, TypeError):
-            if line.endswith("\n"):
-                raise ValueError(f"{path} was not written by this program: choose another --out") from None
-    return records
 
 
 def report(problems: list[str]) -> int:
@@ -104,7 +91,16 @@ class Results:
     def __init__(self, folder: Path):
         self.lock = lock(folder)  # two calls at a time would each take the other's lines away
         self.folder, self.path = folder, folder / "captions.jsonl"
-        self.records = {r["image"]: r for r in read_records(self.path)}
+        self.records = {}
+        for line in open(self.path, **TEXT) if self.path.exists() else []:
+            try:
+                record = json.loads(line)
+                record = {key: record[key] for key in ("image", "caption", "picture")} | record
+                self.records[record["image"]] = record
+            except (ValueError, KeyError, TypeError):
+                if line.endswith("\n"):  # else it is half a line of a call that was killed
+                    hint = "was not written by this program: choose another --out"
+                    raise ValueError(f"{self.path} {hint}") from None
         for record in self.records.values():
             if record["picture"] and not (folder / record["picture"]).exists():
                 record |= {"picture": None, "made_of": None}  # it is to be drawn again
@@ -116,7 +112,8 @@ class Results:
         before = self.records.pop(image, {"picture": None, "caption": None})
         name = before["picture"]
         if picture is not None:
-            name = name or self.free_name(stem)
+            names = (f"{stem}.png" if n == 1 else f"{stem}-{n}.png" for n in itertools.count(1))
+            name = name or next(free for free in names if not os.path.lexists(self.folder / free))
             write_atomically(self.folder / name, lambda file: picture.save(file, "png"))
         elif name and before["caption"] != caption:
             tqdm.write(f"{name} is removed: it was drawn from another caption", file=sys.stderr)
@@ -126,13 +123,6 @@ class Results:
         with open(self.path, "a", **TEXT) as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         return record
-
-    def free_name(self, stem: str) -> str:
-        name, number = f"{stem}.png", 1
-        while os.path.lexists(self.folder / name):
-            number += 1
-            name = f"{stem}-{number}.png"
-        return name
 
     def finish(self) -> None:
         """Leaves one line an image, and writes the page, unless index.html is a file of the user's."""

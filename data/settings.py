@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import sys
-import textwrap
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -64,13 +63,12 @@ def comments_of(cls) -> dict[str, str]:
     return found
 
 
-def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dict:
-    """The values that arguments give, by field, and those of `more`, {flag: its help}. defaults: {field: its
-    default in words}, where it is not one value. Raises ValueError."""
+def parse(cls, argv, doc: str, defaults: dict | None = None) -> dict:
+    """The values that arguments give, by field. defaults: {field: its default in words}, where it is not one
+    value. Raises ValueError."""
     comments, defaults = comments_of(cls), defaults or {}
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter,
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fill = lambda text: textwrap.fill(text, 80).replace("%", "%%")
     for field in fields(cls):
         kind = field.type
         if NoneType in get_args(kind):  # int | None
@@ -78,20 +76,18 @@ def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dic
         items = get_args(kind) if get_origin(kind) is tuple else (kind,)
         about = describe(items[0])
         about = about.replace("one of", "any of") if get_origin(kind) is tuple else about
-        about = "; ".join(text for text in (about, comments.get(field.name)) if text)
-        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": fill(about)}
+        about = "; ".join(text for text in (about, comments.get(field.name)) if text).replace("%", "%%")
+        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": about}
         if get_origin(kind) is tuple:
             options["nargs"] = "*" if Ellipsis in items else len(items)
         if field.default is MISSING:
             parser.add_argument(field.name, **options, **({"default": []} if Ellipsis in items else {}))
             continue
         default = defaults.get(field.name, field.default)
-        options["help"] = fill(f"{about} (default: {'none' if default in (None, '', ()) else default})")
+        options["help"] += f" (default: {'none' if default in (None, '', ()) else default})"
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
         parser.add_argument(f"--{field.name}", **options)
-    for name, text in more.items():
-        parser.add_argument(f"--{name}", help=text)
 
     def fail(message: str):
         raise ValueError(message.removeprefix("argument "))
@@ -120,8 +116,7 @@ def as_flags(values: dict) -> list[str]:
 def parse_with_file(cls, argv, doc: str, defaults: dict | None = None) -> dict:
     """The values that flags and the JSON file of --config give; flags go before the file. It is read as
     flags, too, and may have values of one stage under stage1 or stage2. Raises ValueError."""
-    about = "JSON file with settings; those of one stage under stage1 or stage2"
-    given = parse(cls, argv, doc, defaults, config=about)
+    given = parse(cls, argv, doc, defaults)
     if "config" not in given:
         return given
     path = given.pop("config")
