@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, exit_reasons, exit_run
 from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
 from data.distributed import quiet, run_and_exit, select_device, start_workers
-from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared, micro_batches, seeds_of
+from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
@@ -113,18 +113,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def open_data(config: TrainConfig) -> tuple:
-    """(data set for training, data set for validation or None). Raises ValueError if there is nothing to
-    read."""
+    """(data set for training, for validation or None). Raises ValueError if there is nothing to read."""
     latents_of = config.diffusion_model if config.latents and config.denoises else None
     common = dict(size=config.image_size, resize=config.resize, with_captions=config.stage == 2,
                   latents_of=latents_of)
-    dataset = ImageTextDataset(config.data, captions=config.captions, **common)
-    if not config.val_data:
-        return dataset, None
-    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, **common)
-    shared = find_shared(dataset, val_dataset)
-    if shared:
-        raise ValueError(f"training and validation share samples: {shared[0]} and {shared[1]}: take one away")
+    dataset, val_dataset = ImageTextDataset(config.data, captions=config.captions, **common), None
+    if config.val_data:
+        val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, **common)
+        check_apart(dataset, val_dataset)
     return dataset, val_dataset
 
 
@@ -198,19 +194,17 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str,
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
     mine = list(range(min(config.eval_images, len(val_dataset))))[RANK::WORLD_SIZE]
-    totals, count = {}, 0
+    totals, count = dict.fromkeys(["loss", *model.losses], 0.0), 0  # as count_flops has left them
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
         batch = collate(items, noise_of(model, config))
         if not batch["unreadable"]:
             losses = {"loss": loss_of(model, batch, model.device), **model.losses}
-            for name in losses:
-                totals[name] = totals.get(name, 0.0) + losses[name].item() * len(indices)
+            totals = {name: total + losses[name].item() * len(indices) for name, total in totals.items()}
             count += len(indices)
-    names = max(all_gather([*totals]), key=len)  # a process whose images cannot be read has none
-    *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], model.device)
-    return {f"val_{name}": value / count for name, value in zip(names, sums)} or {"val_loss": math.nan}
+    *sums, count = all_reduce([*totals.values(), count], model.device)
+    return {f"val_{name}": value / count if count else math.nan for name, value in zip(totals, sums)}
 
 
 @torch.no_grad()

@@ -76,14 +76,15 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def read_part(path: Path, at: int, size: int) -> bytes:
+def read_part(path: Path, at: int, size: int = -1) -> bytes:
     with open(path, "rb") as file:
-        return os.pread(file.fileno(), size, at)
+        file.seek(at)
+        return file.read(size)
 
 
-def read_captions(path: Path) -> tuple[dict[str, tuple[str | None, int, int]], list[str]]:
-    """{image: (caption, its line's first byte, the line's bytes)} of JSON lines; and a sentence about lines
-    that are something else. Raises OSError."""
+def read_captions(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{image: (first byte, -bytes) of its line} of JSON lines with a caption; and a sentence about lines that
+    are something else. Raises OSError."""
     found, bad, at = {}, [], 0
     with open(path, "rb") as file:
         for line in file:
@@ -92,7 +93,8 @@ def read_captions(path: Path) -> tuple[dict[str, tuple[str | None, int, int]], l
                 image, caption = record["image"], record["caption"]
                 if not isinstance(image, str) or not isinstance(caption, str | None):
                     raise TypeError
-                found[image] = caption, at, len(line)
+                if caption:
+                    found[image] = at, -len(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 bad.append(f"{path}: byte {at:,} begins no line with image and caption")
             at += len(line)
@@ -123,51 +125,52 @@ class ImageTextDataset(torch.utils.data.Dataset):
             hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
             raise ValueError(f"data folder {folder} {hint}")
         found = find_files(self.folder)
-        self.problems, self.shards, self.files, self.captions = found.problems, found.shards, [], None
-        if self.shards:
-            with_text, lacks = self.open_shards(found.images, captions), "its shards hold no KEY.txt"
+        self.problems, self.files = found.problems, found.shards or found.images
+        if found.shards:
+            self.open_shards(found.images, captions)
         else:
-            with_text, lacks = self.open_files(found, captions), "no image has a NAME.txt beside it"
+            self.open_files(found, captions)
+        with_text = np.count_nonzero(self.index[:, 4])
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):
             recipe = self.folder / "prepare.py"
             hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
             raise ValueError(f"data folder {folder} holds neither images nor tar shards{hint}")
         if with_captions and not with_text:
+            lacks = "its shards hold no KEY.txt" if found.shards else "no image has a NAME.txt beside it"
             raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {lacks}")
         self.moments = load_latents(self, latents_of)[0] if latents_of else None
 
-    def open_files(self, found: SimpleNamespace, captions: str) -> int:
-        """Sets `files`, `texts` (of each the caption, or the file with it, or None) and `fingerprint`.
-        Returns how many captions there are."""
+    def open_files(self, found: SimpleNamespace, captions: str) -> None:
+        """Sets `text_files`, `fingerprint` and `index`, as open_shards does, of a folder of images."""
         if captions:
-            path = Path(captions)
+            lines = Path(captions, "captions.jsonl") if Path(captions).is_dir() else Path(captions)
             try:
-                lines, bad = read_captions(path / "captions.jsonl" if path.is_dir() else path)
+                places, bad = read_captions(lines)
             except OSError as error:
                 raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
             self.problems += bad
-            texts = {Path(image).resolve(): text.encode(errors="replace")
-                     for image, (text, *_) in lines.items() if text}
-            self.files = [path for path in found.images if path.resolve() in texts]
-            self.texts = [texts[path.resolve()] for path in self.files]
+            places = {Path(image).resolve(): (lines, *place) for image, place in places.items()}
+            texts = {path: places[path.resolve()] for path in self.files if path.resolve() in places}
+            self.files = [*texts]
         else:
-            texts = {path.with_suffix(""): path for path in found.texts}
-            self.files = found.images
-            self.texts = [texts.get(path.with_suffix("")) for path in self.files]
-            others = sorted({*found.others, *found.texts} - {*self.texts})
+            places = {path.with_suffix(""): (path, 0, path.stat().st_size) for path in found.texts}
+            texts = {path: places.get(path.with_suffix(""), (None, 0, 0)) for path in self.files}
+            others = sorted({*found.others, *found.texts} - {text for text, _, _ in texts.values()})
             if others:
                 count = f"{len(others):,} files are no images that can be read, or texts without one"
                 self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
+        self.text_files = [text for text, _, _ in texts.values()]
+        rows = [(number, 0, -1, at, size) for number, (_, at, size) in enumerate(texts.values())]
+        self.index = np.array(rows, dtype=np.int64).reshape(-1, 5)
         names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
         self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-        return len(self.texts) - self.texts.count(None)
 
     def __str__(self):
         return self.summary
 
     def __len__(self):
-        return len(self.index) if self.shards else len(self.files)
+        return len(self.index)
 
     def __getitem__(self, place: int | tuple[int, int]) -> dict:
         """place: i, or (i, seed). Returns read(i) with "seed", "skipped": [sentence] and "unreadable". A
@@ -189,54 +192,47 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def read(self, i: int) -> dict:
         """Sample i: {"image": (3, size, size) uint8, "caption": text or None, "moments": (2C, h, w) half or
         None}. Raises OSError, with the sample's name."""
-        if self.shards:
-            name, source, text = self.read_member(*map(int, self.index[i]))
-        else:
-            name, source, text = printable(self.files[i]), self.files[i], self.texts[i]
-        caption = moments = None
+        number, at, size, text_at, text_size = map(int, self.index[i])
+        path, caption, moments = self.files[number], None, None
         try:
             if self.with_captions:
-                text = text.read_bytes() if isinstance(text, Path) else text or b""
+                text = read_part(self.text_files[number], text_at, abs(text_size)) if text_size else b""
+                if text_size < 0:
+                    text = (json.loads(text)["caption"] or "").encode(errors="replace")
                 caption = text.decode("utf-8-sig").strip()
                 if not caption:
                     raise OSError("no caption")
-            image = to_pixels(source, self.size, self.resize)
+            image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize)
             if self.moments is not None:
                 moments = torch.from_numpy(np.array(self.moments[i]))
                 if not moments.isfinite().all():
                     raise OSError("it has no latents: data/latents.py could not read it; run that again")
-        except UnicodeDecodeError as error:
-            raise OSError(f"{name}: its caption is not UTF-8: convert it, as iconv does") from error
-        except OSError as error:
-            raise OSError(f"{name}: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                error = "its caption is not UTF-8: convert it, as iconv does"
+            name = str(path)
+            if at:  # in a shard: before the image is its header, which begins with its name
+                name += ":" + read_part(path, at - 512, 100).split(bytes(1))[0].decode(errors="replace")
+            raise OSError(f"{printable(name)}: {error}") from None
         return {"image": image, "caption": caption, "moments": moments}
 
-    def read_member(self, shard: int, image_offset: int, image_size: int, text_offset: int, text_size: int):
-        """(name, image file, text as bytes) of a sample in a shard. text_size: below 0 of JSON."""
-        texts = self.captions or self.shards
-        member = read_part(self.shards[shard], image_offset - 512, 512 + image_size)  # after its header
-        text = read_part(texts[shard], text_offset, abs(text_size))
-        if text_size < 0:
-            text = (json.loads(text)["caption"] or "").encode(errors="replace")
-        name = member[:100].split(bytes(1))[0].decode(errors="replace")
-        return printable(f"{self.shards[shard]}:{name}"), io.BytesIO(member[512:]), text
-
-    def open_shards(self, images: list[Path], captions: str) -> int:
-        """Sets `captions`, `fingerprint` and `index`, (n, 5) int64, memory-mapped: number of the shard, and
-        what index_shard says. Returns how many captions there are. The index is built by all cores, and kept
-        in the folder (of the captions, if they are given; with the hub's files, where that is read-only)
-        until a file changes."""
-        cache = Path(captions or self.folder)
+    def open_shards(self, images: list[Path], captions: str) -> None:
+        """Sets `text_files`, one for each of `files`; `index`, (n, 5) int64, memory-mapped: number of the
+        file, and what index_shard says; and `fingerprint`. The index is built by all cores, and kept in the
+        folder (of the captions, if they are given; with the hub's files, where that is read-only) until a
+        file changes."""
+        cache, self.text_files = Path(captions or self.folder), self.files
         if captions:
             if not cache.is_dir():
                 raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
-            self.captions = [cache / name for name in names]
+            names = [path.relative_to(self.folder).with_suffix(".jsonl") for path in self.files]
+            self.text_files = [cache / name for name in names]
         if images:
             loose = f"{len(images):,} images beside the tar shards are left out"
             self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
-        files = [(shard, str(shard.relative_to(self.folder))) for shard in self.shards]
-        files += [(lines, str(lines.relative_to(cache))) for lines in self.captions or [] if lines.exists()]
+        files = [(path, str(path.relative_to(self.folder))) for path in self.files]
+        if captions:
+            files += [(path, str(path.relative_to(cache))) for path in self.text_files if path.exists()]
         stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
         if not os.access(cache, os.W_OK):
             cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
@@ -260,13 +256,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.problems += about["problems"]
         self.fingerprint = about["fingerprint"]
         self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
-        return np.count_nonzero(self.index[:, 4])
 
     def write_index(self, path: Path) -> list[str]:
         """Returns sentences about what cannot be used. Raises ValueError if that is all."""
-        problems, left_out, count = [], {}, len(self.shards)
+        problems, left_out, count = [], {}, len(self.files)
         with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(path, "wb") as file:
-            found = pool.map(index_shard, self.shards, self.captions or [None] * count)
+            found = pool.map(index_shard, self.files, self.text_files)
             bar = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
             for number, (spans, broken, others) in enumerate(bar):
                 np.insert(spans, 0, number, axis=1).tofile(file)
@@ -277,24 +272,23 @@ class ImageTextDataset(torch.utils.data.Dataset):
         for reason, (many, example) in left_out.items():
             problems.append(printable(f"{self.folder}: {many:,} {reason}, such as {example}"))
         if not path.stat().st_size:
-            what = "images with captions" if self.captions else "images in them"
+            what = "images in them" if self.text_files == self.files else "images with captions"
             raise ValueError(f"{self.folder} has {count} tar shards, but no {what}: {problems[0]}")
         return problems
 
 
-def find_shared(a: ImageTextDataset, b: ImageTextDataset) -> tuple[Path, Path] | None:
-    """A file that two data sets both hold, by both names; of shards also copies are found."""
-    sizes, files = {}, {(path.stat().st_dev, path.stat().st_ino): path for path in a.shards + a.files}
-    for path in a.shards:
-        sizes.setdefault(path.stat().st_size, []).append(path)
-    for path in b.shards + b.files:
+def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
+    """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
+    sizes, files = {}, {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
+    for path in a.files:
+        if path.suffix.lower() == ".tar":
+            sizes.setdefault(path.stat().st_size, []).append(path)
+    for path in b.files:
         state = path.stat()
-        same = files.get((state.st_dev, state.st_ino))
         copies = [other for other in sizes.get(state.st_size, []) if filecmp.cmp(other, path, shallow=False)]
-        same = same or next(iter(copies), None)
+        same = files.get((state.st_dev, state.st_ino)) or next(iter(copies), None)
         if same:
-            return same, path
-    return None
+            raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
@@ -384,30 +378,29 @@ def has_caption(path: Path, at: int, size: int) -> bool:
         return False
 
 
-def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, list[str], dict]:
+def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict]:
     """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
-    JSON lines of this shard, whose places replace those of its texts; only images that have a line are
-    kept."""
+    the shard itself, or JSON lines whose places replace those of its texts; then only images that have a line
+    are kept."""
     keys, spans, problems, left_out = read_shard(path)
     left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
     if not keys:
         left_out["shards hold no images"] = 1, str(path)
-    if captions is None:
+    if captions == path:
         return spans, problems, left_out
+    left_out.pop(NO_IMAGE, None)
     if not captions.exists():
         left_out["shards have no captions, as their files are not there"] = 1, str(captions)
         return spans[:0], problems, left_out
     lines, bad = read_captions(captions)
-    shard = f"/{captions.stem}.tar/"
-    texts = {f"/{image}".partition(shard)[2]: (at, -size) for image, (_, at, size) in lines.items()}
+    texts = {f"/{image}".partition(f"/{captions.stem}.tar/")[2]: place for image, place in lines.items()}
     kept = [i for i, key in enumerate(keys) if key in texts]
     for reason, count in [("images have no line among the captions", len(keys) - len(kept)),
                           ("lines of captions are of no image here", len(lines) - len(kept))]:
         if count:
             left_out[reason] = count, str(captions)
-    texts = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    left_out.pop(NO_IMAGE, None)
-    return np.concatenate([spans[kept, :2], texts], 1), problems + bad, left_out
+    spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
+    return spans[kept], problems + bad, left_out
 
 
 def index_fingerprint(array_file: Path, stamp: list) -> str:
