@@ -62,12 +62,8 @@ class SampleConfig:
 def choose_checkpoint(args: SampleConfig) -> Path:
     """The checkpoint that is named, else the newest in out/, else the bundled toy. Raises OSError or
     ValueError for settings that it cannot have."""
-    try:
-        checkpoint = find_checkpoint("out" if args.ckpt is None else args.ckpt)
-    except OSError:
-        if args.ckpt is not None:
-            raise
-        checkpoint = TOY
+    default = "out" if any(Path("out").glob("*/step-*/config.json")) else TOY
+    checkpoint = find_checkpoint(default if args.ckpt is None else args.ckpt)
     config = load_config(checkpoint)
     if args.captions_only and config.stage == 1:
         raise ValueError(f"--captions_only needs a stage-2 checkpoint, but {checkpoint} is one of stage 1")

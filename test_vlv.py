@@ -1561,7 +1561,7 @@ def test_names_in_shards_are_read_as_webdataset_does(tmp_path):
     assert [item["caption"] for item in items] == ["one", "two", "three", "four", "one"]
     with pytest.raises(OSError, match="e.png: no caption"):
         dataset.read(4)
-    assert len(dataset) == 6 and str(dataset) == f"6 samples from {tmp_path}, 5 of them with captions"
+    assert len(dataset) == 6 and dataset.summary == f"6 samples from {tmp_path}, 5 of them with captions"
     said = "\n".join(dataset.problems)
     assert "1 names come twice, and the last is taken, such as a.txt" in said and "1 files are of other kinds, such as k.cls" in said
     assert "2 images beside another of their key are left out, such as a.mask.png" in said

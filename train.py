@@ -30,7 +30,7 @@ from data.distributed import init_process_group, main_rank_first, note_signals, 
 from data.distributed import quiet, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
 from data.results import panel
-from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
+from data.run import PATIENCE, Checkpointer, Log, Meter, draw_curves, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
 from vlv import VLV, VLVConfig, draw_noise, is_trained, load_config, select_dtype
 
@@ -233,7 +233,7 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, autocast, log: Log, s
 def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, runs_in) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
     grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
-    lines = [f"starting from {initialized_from}, with {dataset}",
+    lines = [f"starting from {initialized_from}, with {dataset.summary}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
              f" {WORLD_SIZE} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
              f" learning rate {config.learning_rate:g} ({config.lr_schedule})"]
@@ -315,7 +315,8 @@ def main(argv=None, saves_on_signals: bool = False):
     skipped = not_finite = not_finite_in_a_row = 0
     reason = None  # why the run ends before its last step
     is_due = start % config.eval_interval == 0 or start == config.max_steps
-    if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # at the start, or missed
+    is_done = any(record["step"] == start and "val_loss" in record for record in log.records)
+    if is_due and val_dataset is not None and not is_done:  # at the start, or missed
         evaluate(model, val_dataset, config, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
@@ -384,7 +385,7 @@ def main(argv=None, saves_on_signals: bool = False):
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
                 evaluate(model, val_dataset, config, autocast, log, step)
-            log.curves()
+            log.write("curves.png", lambda path: draw_curves(path, log.records))
 
     bar.close()
     if checkpointer.problem:

@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,21 +92,17 @@ class Shard:
         self.part.unlink()
 
 
-class ShardImages(torch.utils.data.Dataset):
-    """Index -> {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
-
-    def __init__(self, shard: Shard, keys: list[str], spans, config: VLVConfig):
-        self.shard, self.keys, self.spans, self.config = shard, keys, spans, config
-
-    def __getitem__(self, i) -> dict:
-        item = {"image": f"{self.shard.name}.tar/{self.keys[i]}"}
+def read_images(indices, shard: Shard, keys: list[str], spans, config: VLVConfig) -> list[dict]:
+    """Of each image {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
+    items = [{"image": f"{shard.name}.tar/{keys[i]}"} for i in indices]
+    for i, item in zip(indices, items):
         try:
-            data = io.BytesIO(read_part(self.shard.path, *map(int, self.spans[i, :2])))
-            item["pixels"] = to_pixels(data, self.config.image_size, self.config.resize)
+            data = io.BytesIO(read_part(shard.path, *map(int, spans[i, :2])))
+            item["pixels"] = to_pixels(data, config.image_size, config.resize)
         except OSError as error:
             reason = " ".join(str(error).split())
             item["problem"] = f"{item['image']}: cannot be read as an image: {reason}"
-        return item
+    return items
 
 
 def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
@@ -149,8 +146,8 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
-    loader = start_workers(ShardImages(shard, keys, spans, model.config), batches,
-                           min(args.num_workers, len(batches)), collate_fn=list)
+    read = partial(read_images, shard=shard, keys=keys, spans=spans, config=model.config)
+    loader = start_workers(range(len(keys)), batches, min(args.num_workers, len(batches)), collate_fn=read)
     for _ in batches:
         start = time.perf_counter()
         items = next(loader)

@@ -56,24 +56,17 @@ def find_files(top: Path) -> SimpleNamespace:
             found.problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
         elif re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", path.name, re.IGNORECASE):
             found.problems.append(printable(f"{path}: a compressed tar file: unpack it, as with gunzip"))
-        elif is_image(path):
+        elif ending in IMAGE_ENDINGS:
             found.images.append(path)
         elif ending in (".tar", ".txt"):
             (found.shards if ending == ".tar" else found.texts).append(path)
         elif ending not in COMPANIONS:
-            found.others.append(path)
+            try:
+                Image.open(path).close()  # its ending does not tell, but what is in it does
+                found.images.append(path)
+            except Exception:  # of any of Pillow's plugins
+                found.others.append(path)
     return found
-
-
-def is_image(path: Path) -> bool:
-    """By its ending, or, where that is unknown, by what is in it."""
-    if path.suffix.lower() in (*IMAGE_ENDINGS, *COMPANIONS):
-        return path.suffix.lower() in IMAGE_ENDINGS
-    try:
-        with Image.open(path):
-            return True
-    except Exception:  # of any of Pillow's plugins
-        return False
 
 
 def read_part(path: Path, at: int, size: int = -1) -> bytes:
@@ -165,9 +158,6 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.index = np.array(rows, dtype=np.int64).reshape(-1, 5)
         names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
         self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-
-    def __str__(self):
-        return self.summary
 
     def __len__(self):
         return len(self.index)
@@ -295,15 +285,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
     """One random image with a caption of so many words, over and over, for benchmarks. moments_shape: (2C, h,
     w), as if moments had been computed ahead; None: no moments."""
 
-    problems, fingerprint = [], "synthetic"
+    problems, summary, fingerprint = [], "synthetic images", "synthetic"
 
     def __init__(self, size: int, caption_words: int, moments_shape: tuple | None = None):
         moments = None if moments_shape is None else torch.zeros(moments_shape, dtype=torch.float16)
         self.item = dict(image=torch.randint(0, 256, (3, size, size), dtype=torch.uint8),
                          caption="a " * caption_words, moments=moments, skipped=[], unreadable=None)
-
-    def __str__(self):
-        return "synthetic images"
 
     def __len__(self):
         return 1_000_000

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.distributed import RANK, RESTARTS, WORLD_SIZE, all_gather, exit_run, on_every_rank, print_once
+from data.loader import read_part
 from data.settings import TEXT, read_json, write_atomically, write_json, write_lines
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
@@ -40,10 +41,8 @@ def checkpoint_fingerprint(checkpoint: Path) -> str:
     """Tells checkpoints apart: a hash of config.json, and of the ends of the weights' files."""
     digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
     for path in sorted(checkpoint.glob("model*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
+        digest.update(read_part(path, 0, 2**20))
+        digest.update(read_part(path, max(0, path.stat().st_size - 2**20)))
     return digest.hexdigest()[:16]
 
 
@@ -224,18 +223,12 @@ class Log:
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def has(self, step: int, name: str) -> bool:
-        return any(record["step"] == step and name in record for record in self.records)
-
     def best_step(self, saved: bool = False) -> int | None:
         """The step with the least validation loss; saved: of those whose checkpoint is there."""
         losses = {r["step"]: r["val_loss"] for r in self.records if r.get("val_loss") is not None}
         found = checkpoints(self.run_dir) if self.run_dir else []
         there = {int(path.name[5:]) for path in found} if saved else losses
         return min(losses.keys() & there, key=losses.get, default=None)
-
-    def curves(self) -> None:
-        self.write("curves.png", lambda path: draw_curves(path, self.records))
 
     def pictures(self, step: int, sheet, captions: list[str]) -> None:
         self.write(f"step-{step:06d}.png", sheet.save)
