@@ -167,21 +167,21 @@ class Checkpointer:
             sync(folder)
         except (OSError, ValueError) as error:
             problem = str(error)
-        problems = [p for p in all_gather(problem) if p]
+        problem = next((p for p in all_gather(problem) if p), None)
         if RANK == 0:
             try:
-                if not problems:
+                if not problem:
                     os.rename(folder, self.run_dir / f"step-{step:06d}")
                     sync(self.run_dir)
             except OSError as error:
-                problems = [str(error)]
+                problem = str(error)
             shutil.rmtree(folder, ignore_errors=True)
             older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
-            for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problems else []:
+            for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problem else []:
                 with suppress(OSError):  # one that cannot be removed harms nothing
                     os.rename(old, folder)  # no half of it counts as a checkpoint
                     shutil.rmtree(folder)
-        self.problem = next(iter(all_gather(problems)[0]), None)
+        self.problem = all_gather(problem)[0]
         if self.problem:
             print_once(f"error: step {step:,} is not saved: {self.problem}; the next save tries again")
         else:
@@ -251,27 +251,26 @@ def append(path: Path, line: str) -> None:
 
 def draw_curves(path: Path, records: list[dict]) -> None:
     """Draws the losses in records, the lines of log.jsonl, on a logarithmic scale."""
-    width, height = 1200, 800
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", (1200, 800), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
     log = lambda value: math.log10(max(value, 1e-9))
     lines = {name: [(r["step"], log(r[name])) for r in records if r.get(name) is not None] for name in COLORS}
     lines = {name: line for name, line in lines.items() if line or name == "loss"}
     points = [point for line in lines.values() for point in line] or [(0, 0.0)]
     (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
-    left, right, top, bottom = 120, width - 40, 80, height - 60
-    x_scale, y_scale = (right - left) / ((last - first) or 1), (bottom - top) / ((high - low) or 1)
+    x = lambda step: 120 + 1040 * (step - first) / ((last - first) or 1)
+    y = lambda value: 740 - 660 * (value - low) / ((high - low) or 1)
     for part in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + part * (right - left), bottom - part * (bottom - top)
-        draw.line([(left, y), (right, y)], "#e4e4e4", 2)
-        draw.text((left - 10, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, "rm")
-        draw.text((x, bottom + 12), f"{first + part * (last - first):.6g}", "black", font, "ma")
+        step, value = first + part * (last - first), low + part * (high - low)
+        draw.line([(120, y(value)), (1160, y(value))], "#e4e4e4", 2)
+        draw.text((110, y(value)), f"{10 ** value:.3g}", "black", font, "rm")
+        draw.text((x(step), 752), f"{step:.6g}", "black", font, "ma")
     for number, (name, line) in enumerate(lines.items()):
-        pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
-        draw.text((left + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
+        pixels = [(x(step), y(value)) for step, value in line]
+        draw.text((120 + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
-        for x, y in pixels[-1:]:
-            draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLORS[name])
+        for end in pixels[-1:]:
+            draw.circle(end, 6, COLORS[name])
     write_atomically(path, lambda file: image.save(file, "png"))
 
 

@@ -8,6 +8,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import MISSING, fields
 from functools import lru_cache
@@ -51,15 +52,10 @@ def convert(text: str, kind):
 @lru_cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
-    found, above = {}, []
+    found, field = {}, r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
     for base in cls.__mro__[-2::-1]:
-        for line in inspect.getsource(base).splitlines():
-            code, _, comment = line.partition("# ")
-            name, colon, _ = code.partition(":")
-            if colon and name.strip().isidentifier() and name.startswith("    ") and name[4] != " ":
-                found[name.strip()], above = " ".join([*above, comment]).strip(), []
-            elif not code.strip():
-                above = [*above, comment] if comment else []
+        for above, name, beside in re.findall(field, inspect.getsource(base), re.MULTILINE):
+            found[name] = " ".join(f"{above} {beside}".replace("# ", "").split())
     return found
 
 
