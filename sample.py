@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from data.distributed import quiet, run_and_exit, select_device
+from data.distributed import run_and_exit, select_device
 from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
@@ -122,7 +122,6 @@ def say(record: dict) -> None:
 @torch.inference_mode()
 def main(argv=None) -> int:
     args = read_settings(SampleConfig, argv, __doc__)
-    quiet()
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("one process does this; data/caption.py captions data sets with several")
@@ -174,13 +173,13 @@ def main(argv=None) -> int:
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []
             if stage == 2:
-                if args.temperature:  # each image by itself: its captions depend on no other's
-                    captions = []
-                    for c in prompt_embeds.repeat_interleave(args.num_captions, 0).split(args.num_captions):
-                        torch.manual_seed(args.seed)
-                        captions.append(model.caption_head.generate(c, **generate))
-                else:
-                    captions = [[text] for text in model.caption_head.generate(prompt_embeds, **generate)]
+                texts, each = [], args.num_captions
+                repeated = prompt_embeds.repeat_interleave(each, 0)
+                # sampled captions depend on no other image's
+                for c in repeated.split(each) if args.temperature else [repeated]:
+                    torch.manual_seed(args.seed)
+                    texts += model.caption_head.generate(c, **generate)
+                captions = [texts[first : first + each] for first in range(0, len(texts), each)]
             if not args.captions_only:
                 columns.append(model.decoder.reconstruct(prompt_embeds, *draw))
                 if stage == 2:

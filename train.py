@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, exit_reasons, exit_run
 from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
-from data.distributed import quiet, run_and_exit, select_device, start_workers
+from data.distributed import run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, draw_curves, open_run
@@ -88,9 +88,8 @@ RECIPE = {  # the paper's
 
 
 def merge_settings(given: dict, saved: dict, world_size: int) -> TrainConfig:
-    """The one place where settings meet: the paper's recipe, then those saved in the checkpoint that the run
-    starts from, then those given by file and flags. Raises ValueError for settings that cannot be
-    together."""
+    """The one place where settings meet: the paper's recipe, then those of the checkpoint that the run starts
+    from, then those given by file and flags. Raises ValueError for settings that cannot be together."""
     stage = given.get("stage", 1)
     config = TrainConfig(**RECIPE[stage] | saved | {"stage": stage} | given)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -125,8 +124,7 @@ def open_data(config: TrainConfig) -> tuple:
 
 
 def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, dtype: torch.dtype) -> VLV:
-    """The model in training mode, with what makes it faster or smaller; that changes results by rounding at
-    most."""
+    """The model in training mode, with what makes it faster or smaller, which changes rounding at most."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(VLVConfig)}
     has_unet = config.denoises or bool(config.val_data and config.eval_pictures)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
@@ -245,7 +243,6 @@ def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, sta
 
 def main(argv=None, saves_on_signals: bool = False):
     # --- settings: what is wrong with them ends the run before anything is loaded
-    quiet()
     defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
     given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
     config = on_every_rank(lambda: merge_settings(given, {}, WORLD_SIZE))
@@ -285,11 +282,7 @@ def main(argv=None, saves_on_signals: bool = False):
     started_with = {name: getattr(config, name) for name in names}
     started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
     checkpointer = Checkpointer(run_dir, model, optimizer, started_with)
-    start = 0
-    if resumes:
-        start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes))
-        if start > config.max_steps:
-            exit_run(f"error: {run_dir} is at step {start:,}, which is past max_steps {config.max_steps:,}")
+    start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes) if resumes else 0)
 
     # --- log and loader
     initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")

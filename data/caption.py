@@ -21,7 +21,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import RANK, WORLD_SIZE, all_gather, exit_reasons, init_process_group, on_every_rank
-from data.distributed import quiet, run_and_exit, select_device, start_workers
+from data.distributed import run_and_exit, select_device, start_workers
 from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
 from data.results import report
 from data.run import checkpoint_fingerprint
@@ -169,9 +168,8 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
 @torch.inference_mode()
 def main(argv=None) -> int:
     args = read_settings(CaptionConfig, argv, __doc__)
-    quiet()
     device = on_every_rank(lambda: select_device("auto"))
-    init_process_group("gloo", timedelta(days=30))
+    init_process_group("gloo", hours=720)  # who is done waits for the others
     checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
     mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
@@ -190,7 +188,7 @@ def main(argv=None) -> int:
                 if exit_reasons:
                     sys.exit("stopped by the end of torchrun; the same command goes on")
             bar.update()
-        all_gather(None)  # who is done waits for the others
+        all_gather(None)  # the others are done, too
         if RANK > 0:
             return 0
         for shard in shards:

@@ -86,9 +86,9 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
-    """Joins the other processes, if there are any. timeout: how long one waits for another, which may be
-    indexing data."""
+def init_process_group(backend: str, hours: int = 1) -> None:
+    """Joins the other processes, if any. hours: how long one waits for another, as for its index."""
+    timeout = timedelta(hours=hours)
     if WORLD_SIZE == 1:
         return
     store = next(rendezvous("env://", timeout=timeout))[0]
@@ -164,8 +164,7 @@ def all_reduce(values: list, device: torch.device, op=dist.ReduceOp.SUM) -> list
 
 
 def on_every_rank(task):
-    """task() on every process. If it raises ValueError or OSError on one, all exit, and the reason is
-    said."""
+    """task() on every process. If one raises ValueError or OSError, all exit, and the reason is said."""
     result = problem = None
     try:
         result = task()

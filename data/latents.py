@@ -14,7 +14,6 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, main_rank_first
-from data.distributed import on_every_rank, print_once, quiet, run_and_exit, select_device, start_workers
+from data.distributed import on_every_rank, print_once, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents, load_latents
 from data.settings import Count, Pixels, NonNegative, read_settings, write_json
 from vlv import DiffusionDecoder, VLVConfig, load_pipeline
@@ -59,9 +58,8 @@ def make_files(dataset: ImageTextDataset, model: str, shape: tuple) -> None:
 @torch.inference_mode()
 def main(argv=None):
     config = read_settings(LatentsConfig, argv, __doc__)
-    quiet()
     device = select_device("auto")
-    init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+    init_process_group("gloo", hours=720)  # who is done waits for the others
     dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize))
     dataset.attempts = 1  # what cannot be read gets no latents
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)

@@ -100,8 +100,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
     """Images, their captions and their latents' moments.
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
-    without one is unreadable. captions: data/caption.py's --out for the shards, to replace their texts;
-    images without a line there are left out; for a folder of images sample.py's captions.jsonl. latents_of:
+    without one is unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a folder
+    of images, to replace their texts; images without a line there are left out. latents_of:
     the text-to-image model whose moments data/latents.py has computed ahead; None: no moments. `fingerprint`
     is the same as long as the samples are; `problems` are sentences about what is there and cannot be used.
     Raises ValueError if there is nothing to read."""
@@ -207,10 +207,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return {"image": image, "caption": caption, "moments": moments}
 
     def open_shards(self, images: list[Path], captions: str) -> None:
-        """Sets `text_files`, one for each of `files`; `index`, (n, 5) int64, memory-mapped: number of the
-        file, and what index_shard says; and `fingerprint`. The index is built by all cores, and kept in the
-        folder (of the captions, if they are given; with the hub's files, where that is read-only) until a
-        file changes."""
+        """Sets `text_files`, one for each of `files`; `index`, (n, 5) int64: number of the file, and what
+        index_shard says; and `fingerprint`. The index is kept in the folder (of the captions, if given; with
+        the hub's files, where that is read-only) until a file changes."""
         cache, self.text_files = Path(captions or self.folder), self.files
         if captions:
             if not cache.is_dir():
@@ -252,8 +251,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         problems, left_out, count = [], {}, len(self.files)
         with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(path, "wb") as file:
             found = pool.map(index_shard, self.files, self.text_files)
-            bar = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
-            for number, (spans, broken, others) in enumerate(bar):
+            found = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
+            for number, (spans, broken, others) in enumerate(found):
                 np.insert(spans, 0, number, axis=1).tofile(file)
                 problems += broken
                 for reason, (many, example) in others.items():
@@ -269,13 +268,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
     """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    sizes, files = {}, {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
-    for path in a.files:
-        if path.suffix.lower() == ".tar":
-            sizes.setdefault(path.stat().st_size, []).append(path)
+    files = {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
+    sizes = {path: path.stat().st_size for path in a.files if path.suffix.lower() == ".tar"}
     for path in b.files:
         state = path.stat()
-        copies = [other for other in sizes.get(state.st_size, []) if filecmp.cmp(other, path, shallow=False)]
+        copies = [other for other, size in sizes.items()
+                  if size == state.st_size and filecmp.cmp(other, path, shallow=False)]
         same = files.get((state.st_dev, state.st_ino)) or next(iter(copies), None)
         if same:
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
@@ -367,8 +365,7 @@ def has_caption(path: Path, at: int, size: int) -> bool:
 
 def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict]:
     """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
-    the shard itself, or JSON lines whose places replace those of its texts; then only images that have a line
-    are kept."""
+    the shard itself, or JSON lines to replace its texts; images without a line are left out."""
     keys, spans, problems, left_out = read_shard(path)
     left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
     if not keys:

@@ -135,8 +135,8 @@ class Results:
 
 def figure(record: dict) -> str:
     """A row of the page. Pictures off the screen are not loaded, so that a browser takes thousands."""
-    source = quote(os.fsencode(record["picture"] or os.path.abspath(record["image"])))
-    source = source if record["picture"] else f"file://{source}"
+    name = record["picture"]
+    source = quote(os.fsencode(name)) if name else Path(record["image"]).absolute().as_uri()
     captions = "".join(f'<p dir="auto">{html.escape(text)}</p>' for text in record.get("captions") or
                        [record["caption"] or ""])
     about = html.escape(f"{record['image']}, by {record.get('checkpoint', 'an unknown checkpoint')}")

@@ -90,8 +90,7 @@ def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | 
 
 
 def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
-    """(checkpoint or None, whether it is this run's own). Raises ValueError or OSError if that is not
-    clear."""
+    """(checkpoint or None, whether it is this run's own). Raises ValueError or OSError if that is unclear."""
     own = checkpoints(run_dir) if run_dir else []
     if own and not resume:
         raise ValueError(f"{run_dir} already holds a run: add --resume to go on, or choose another --out_dir")
@@ -135,6 +134,9 @@ class Checkpointer:
             elif before != value and not accept_changes:
                 raise ValueError(f"{self.run_dir} was started with {name} {before}, and now it is {value}:"
                                  " give it as it was, or add --accept_changes")
+        if trainer["step"] > self.started_with["max_steps"]:
+            limit = f"past max_steps {self.started_with['max_steps']:,}"
+            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is {limit}")
         saved = read_weights(checkpoint, "optimizer")
         for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
             for kind in ("step", "exp_avg", "exp_avg_sq"):

@@ -20,7 +20,6 @@ import pickle
 import sys
 import tarfile
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -276,7 +275,7 @@ def main(argv=None) -> None:
     rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
     if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+        init_process_group("gloo", hours=720)  # who is done waits for the others
     shards, captions, people = all_gather(on_every_rank(lambda: check(args) if rank == 0 else None))[0]
     rows = [("original", 0.0)] + [("embedding", g) for g in args.guidance_scales if args.ckpt]
     rows += [("caption", g) for g in args.guidance_scales if args.ckpt or args.draw_with]

@@ -14,7 +14,6 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -136,7 +135,7 @@ def main(argv=None) -> None:
     rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
     if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+        init_process_group("gloo", hours=720)  # who is done waits for the others
     try:
         questions, examples = all_gather(on_every_rank(lambda: choose(args) if rank == 0 else None))[0]
     except KeyError as error:
