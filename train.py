@@ -165,12 +165,6 @@ def make_optimizer(model: VLV, config: TrainConfig) -> tuple:
     return optimizer, params, ddp
 
 
-def noise_of(model: VLV, config: TrainConfig):
-    """A function from seeds to Noise; None if there is no denoising loss."""
-    shape, num_timesteps = model.decoder.latent_shape, model.decoder.num_timesteps
-    return partial(draw_noise, latent_shape=shape, num_timesteps=num_timesteps) if config.denoises else None
-
-
 def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
     """The model's loss, a scalar, of a batch as collate makes it."""
     images = batch["image"].to(device, non_blocking=True)
@@ -188,7 +182,7 @@ def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
-def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str, float]:
+def validation_losses(model: VLV, val_dataset, config: TrainConfig, make_batch) -> dict[str, float]:
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
     mine = list(range(min(config.eval_images, len(val_dataset))))[RANK::WORLD_SIZE]
@@ -196,7 +190,7 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str,
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
-        batch = collate(items, noise_of(model, config))
+        batch = make_batch(items)
         if not batch["unreadable"]:
             losses = {"loss": loss_of(model, batch, model.device), **model.losses}
             totals = {name: total + losses[name].item() * len(indices) for name, total in totals.items()}
@@ -206,11 +200,11 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig) -> dict[str,
 
 
 @torch.no_grad()
-def evaluate(model: VLV, val_dataset, config: TrainConfig, autocast, log: Log, step: int) -> None:
+def evaluate(model: VLV, val_dataset, config: TrainConfig, make_batch, autocast, log: Log, step: int) -> None:
     """Logs the loss on the validation images, and the first of them redrawn and captioned."""
     model.eval()
     with autocast():
-        losses = validation_losses(model, val_dataset, config)
+        losses = validation_losses(model, val_dataset, config, make_batch)
         if RANK == 0 and config.eval_pictures:
             items = [val_dataset[i] for i in range(min(config.eval_pictures, len(val_dataset)))]
             images = torch.stack([item["image"] for item in items])
@@ -297,11 +291,13 @@ def main(argv=None, saves_on_signals: bool = False):
     if saves_on_signals:  # from here on there is something to save
         note_signals()
     grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
+    draw = partial(draw_noise, latent_shape=model.decoder.latent_shape,
+                   num_timesteps=model.decoder.num_timesteps)
+    make_batch = partial(collate, draw_noise=draw if config.denoises else None)
     batches = micro_batches(len(dataset), config.batch_size, config.micro_batch_size, config.seed,
                             range(start, config.max_steps), RANK, WORLD_SIZE)
     loader = start_workers(dataset, batches, config.num_workers, pin_memory=device.type == "cuda",
-                           timeout=PATIENCE if config.num_workers else 0,
-                           collate_fn=partial(collate, draw_noise=noise_of(model, config)))
+                           timeout=PATIENCE if config.num_workers else 0, collate_fn=make_batch)
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
                desc=f"stage {config.stage}", disable=RANK > 0, unit_scale=True, mininterval=0.5)
     losses = []  # (loss, its parts) of each micro-batch since the last line of the log
@@ -310,7 +306,7 @@ def main(argv=None, saves_on_signals: bool = False):
     is_due = start % config.eval_interval == 0 or start == config.max_steps
     is_done = any(record["step"] == start and "val_loss" in record for record in log.records)
     if is_due and val_dataset is not None and not is_done:  # at the start, or missed
-        evaluate(model, val_dataset, config, autocast, log, start)
+        evaluate(model, val_dataset, config, make_batch, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
         # --- a step: batches, loss, backward, clip, step
@@ -377,7 +373,7 @@ def main(argv=None, saves_on_signals: bool = False):
             exit_run(f"{reason}, which is {saved}; go on with --resume", run_dir)
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
-                evaluate(model, val_dataset, config, autocast, log, step)
+                evaluate(model, val_dataset, config, make_batch, autocast, log, step)
             log.write("curves.png", lambda path: draw_curves(path, log.records))
 
     bar.close()

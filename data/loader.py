@@ -325,7 +325,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
             if tar.fileobj.read(512) != bytes(512):  # tarfile stops without a word where no header is
                 raise tarfile.ReadError("its end is missing")
     except (OSError, tarfile.TarError) as error:
-        problems.append(f"{path}: broken shard ({error}); the samples before the break are used")
+        problems.append(f"{path}: broken shard ({error}); what is before the break is used")
     for name, target in links.items():
         for _ in range(8):  # links to links
             target = links.get(target, target)

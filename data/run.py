@@ -109,10 +109,8 @@ def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path 
 
 class Checkpointer:
     """Saves and restores a run. Each process writes its share: some of the weights, and the optimizer's state
-    that it holds. So nothing is gathered, and any number of processes can go on from it.
-
-    started_with: what a run must not change, by name. problem: why the last save failed, or None.
-    """
+    that it holds. So nothing is gathered, and any number of processes can go on from it. started_with: what a
+    run must not change, by name. problem: why the last save failed, or None."""
 
     def __init__(self, run_dir: Path | None, model, optimizer: torch.optim.Optimizer, started_with: dict):
         self.run_dir, self.model, self.started_with, self.problem = run_dir, model, started_with, None
