@@ -23,12 +23,12 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from data.distributed import quiet, select_device
-from data.loader import COMPANIONS, is_image, is_shard, packed, walk
+from data.distributed import run_and_exit, select_device
+from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
+from vlv import VLV, find_checkpoint, load_config, select_dtype, to_pixels
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 
@@ -40,8 +40,8 @@ class SampleConfig:
     split: NonNegative | None = None  # queries from mix's first image, the rest from the second; None: half
     ckpt: str | None = None  # folder, or hub id that was downloaded; None: the newest in out/, else the toy
     out: Path = Path("samples")
-    # Another text-to-image model than the checkpoint's. SDXL and SD 3 read the same CLIPs, so that one may draw
-    # what was learned with the other; nobody has shown that it can.
+    # Another text-to-image model than the checkpoint's. SDXL and SD 3 read the same CLIPs, so that one may
+    # draw what was learned with the other; nobody has shown that it can.
     draw_with: str = ""
     captions_only: bool = False  # no pictures, so neither UNet nor VAE is needed
     overwrite: bool = False  # do again what was done before, of the same file and with the same settings
@@ -65,12 +65,8 @@ class SampleConfig:
 def choose_checkpoint(args: SampleConfig) -> Path:
     """The checkpoint that is named, else the newest in out/, else the bundled toy. Raises OSError or
     ValueError for settings that it cannot have."""
-    try:
-        checkpoint = find_checkpoint("out" if args.ckpt is None else args.ckpt)
-    except OSError:
-        if args.ckpt is not None:
-            raise
-        checkpoint = TOY
+    default = "out" if any(Path("out").glob("*/step-*/config.json")) else TOY
+    checkpoint = find_checkpoint(default if args.ckpt is None else args.ckpt)
     config = load_config(checkpoint)
     if args.captions_only and config.stage == 1:
         raise ValueError(f"--captions_only needs a stage-2 checkpoint, but {checkpoint} is one of stage 1")
@@ -87,68 +83,54 @@ def choose_checkpoint(args: SampleConfig) -> Path:
     return checkpoint
 
 
-def find_files(args: SampleConfig, results: Results) -> tuple[list[Path], list[str]]:
+def find_images(args: SampleConfig, results: Results) -> tuple[list[Path], list[str]]:
     """The image files that are meant, without what this program drew itself; and a sentence for each name
     that stands for none."""
-    drawn = {(results.folder / name).resolve() for name in results.pictures}
+    drawn = {(results.folder / (record["picture"] or "")).resolve() for record in results.records.values()}
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
-        there, out_of_reach = walk(name) if name.is_dir() else ([name], [])
-        there = [path for path in there if path.resolve() not in drawn]
-        found = [path for path in there if path == name or is_image(path)]
-        shards = [path for path in there if is_shard(path)]
-        problems += out_of_reach + packed(there)
-        if shards:
-            problems.append(f"{shards[0]}: for shards there is python data/caption.py {name} --out captions")
+        found = find_files(name)
+        is_meant = name.is_file() and not found.shards and not found.problems
+        images = [path for path in ([name] if is_meant else found.images) if path.resolve() not in drawn]
+        files += images
+        problems += found.problems
+        if found.shards:
+            problems.append(f"{name}: for shards there is python data/caption.py {name} --out captions")
         elif not name.exists():
             problems.append(f"{name}: there is no such file")
-        elif not found:
+        elif not images and not found.problems:
             problems.append(f"{name}: the folder holds no images")
-        files += [path for path in found if path.exists() and path not in shards]
-        others = [path for path in there if path.suffix.lower() not in COMPANIONS and path not in {*found}]
-        if others:
-            tqdm.write(f"no images: {len(others)} files, such as {printable(others[0])}", file=sys.stderr)
+        if found.others and name.is_dir():
+            count = len(found.others)
+            tqdm.write(f"no images: {count} files, such as {printable(found.others[0])}", file=sys.stderr)
     if args.mix and (problems or any(map(os.path.isdir, args.mix))):
         raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
     return files, problems
 
 
-def read_images(paths: list[Path], config: VLVConfig, fit: str) -> tuple[list, list[torch.Tensor], list[str]]:
-    """(paths, (3, S, S) uint8 images) of those that can be read, and a sentence for each other."""
-    good, images, problems = [], [], []
-    for path in paths:
-        try:
-            images.append(to_pixels(path, config.image_size, config.resize, fit))
-            good.append(path)
-        except OSError as error:
-            problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
-    return good, images, problems
-
-
 def made_of(path: Path, args: SampleConfig, fingerprint: str) -> str:
     """What a result depends on, in short."""
-    names = ("captions_only", "draw_with", "fit", "num_inference_steps", "guidance_scale", "seed", "num_beams",
-             "temperature", "top_p", "num_captions", "max_new_tokens", "precision")
+    names = ("captions_only", "draw_with", "fit", "num_inference_steps", "guidance_scale", "seed",
+             "num_beams", "temperature", "top_p", "num_captions", "max_new_tokens", "precision")
     parts = [path.stat().st_size, path.stat().st_mtime_ns, fingerprint, *(getattr(args, n) for n in names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def say(name: str, captions: list[str | None]) -> None:
-    for caption in captions:
+def say(record: dict) -> None:
+    for caption in record.get("captions", [record["caption"]]):
         said = " ".join((caption or "(no caption: stage 1)").split())
-        tqdm.write(f"{printable(name)}: {printable(said)}", file=sys.stdout)
+        tqdm.write(f"{printable(record['image'])}: {printable(said)}", file=sys.stdout)
 
 
 @torch.inference_mode()
 def main(argv=None) -> int:
     args = read_settings(SampleConfig, argv, __doc__)
-    quiet()
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("one process does this; data/caption.py captions data sets with several")
         checkpoint, device = choose_checkpoint(args), select_device(args.device)
         results = Results(args.out)
-        files, problems = find_files(args, results)
+        files, problems = find_images(args, results)
         dtype = select_dtype(args.precision, device, checkpoint)
         other = dict(diffusion_model=args.draw_with, family="any") if args.draw_with else {}
         model = VLV.from_pretrained(checkpoint, with_unet=not args.captions_only, dtype=dtype, device=device,
@@ -167,18 +149,24 @@ def main(argv=None) -> int:
     try:
         made = {} if args.mix else {str(path): made_of(path, args, fingerprint) for path in files}
         for path in [] if args.overwrite or args.mix else [*files]:
-            if results.has(str(path), made[str(path)]):
-                record = results.records[str(path)]
-                say(record["image"], record.get("captions") or [record["caption"]])
+            record = results.records.get(str(path), {})
+            if record.get("made_of") == made[str(path)]:
+                say(record)
                 captioned[path] = record["caption"]
                 files.remove(path)
         if captioned:
             print(f"done before: {len(captioned):,}; --overwrite does them again", file=sys.stderr)
         for at in tqdm(range(0, len(files), size), disable=len(files) <= size, unit=" batches"):
-            paths, images, unreadable = read_images(files[at : at + size], model.config, args.fit)
-            problems += unreadable
-            if not images or (args.mix and len(images) < 2):
+            pictures = []
+            for path in files[at : at + size]:
+                try:
+                    pixels = to_pixels(path, model.config.image_size, model.config.resize, args.fit)
+                    pictures.append((path, pixels))
+                except OSError as error:
+                    problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
+            if not pictures or (args.mix and len(pictures) < 2):
                 continue
+            paths, images = zip(*pictures)
             token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
             if args.mix:
@@ -186,17 +174,17 @@ def main(argv=None) -> int:
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
                 part = f" at {split}" if args.split is not None else ""
                 names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
-                rows = [images]
+                rows = [[*images]]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []
             if stage == 2:
-                if args.temperature:  # each image by itself: its captions depend on no other's
-                    captions = []
-                    for c in prompt_embeds.repeat_interleave(args.num_captions, 0).split(args.num_captions):
-                        torch.manual_seed(args.seed)
-                        captions.append(model.caption_head.generate(c, **generate))
-                else:
-                    captions = [[text] for text in model.caption_head.generate(prompt_embeds, **generate)]
+                texts, each = [], args.num_captions
+                repeated = prompt_embeds.repeat_interleave(each, 0)
+                # sampled captions depend on no other image's
+                for c in repeated.split(each) if args.temperature else [repeated]:
+                    torch.manual_seed(args.seed)
+                    texts += model.caption_head.generate(c, **generate)
+                captions = [texts[first : first + each] for first in range(0, len(texts), each)]
             if not args.captions_only:
                 columns.append(model.decoder.reconstruct(prompt_embeds, *draw))
                 if stage == 2:
@@ -205,25 +193,16 @@ def main(argv=None) -> int:
                 picture = panel([row + drawn], [""]) if drawn else None
                 more = {"captions": texts} if len(texts) > 1 else {}
                 more |= dict(checkpoint=str(checkpoint), made_of=made.get(name))
-                results.add(name, texts[0], picture, stem, **more)
+                say(results.add(name, texts[0], picture, stem, **more))
                 captioned[Path(name)] = texts[0]
-                say(name, texts)
         results.finish()
         problems += write_beside(captioned, args.beside, args.overwrite)
-    except BrokenPipeError:  # nobody reads what is printed any more, as in `sample.py photos | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
     if captioned:
-        what = "captions.jsonl and index.html are"
-        what = what if args.captions_only else f"pictures, {what}"
-        print(f"{what} in {args.out}/", file=sys.stderr)
+        print(f"captions.jsonl, index.html and what was drawn are in {args.out}/", file=sys.stderr)
     return report(problems)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was printed is kept")
+    run_and_exit(main, "stopped; what was printed is kept")

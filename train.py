@@ -22,28 +22,27 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import all_gather, all_reduce, check_restart, exit_run, init_process_group, init_worker
-from data.distributed import main_rank_first, note_signals, on_every_rank, run_and_exit
-from data.distributed import exit_reasons, print_once, quiet, rank_and_world_size, select_device
-from data.distributed import start_workers
-from data.loader import ImageTextDataset, SyntheticDataset, collate, find_shared, micro_batches, seeds_of
+from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, exit_reasons, exit_run
+from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
+from data.distributed import run_and_exit, select_device, start_workers
+from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
 from data.results import panel
-from data.run import PATIENCE, Checkpointer, Log, Meter, open_run
+from data.run import PATIENCE, Checkpointer, Log, Meter, draw_curves, open_run
 from data.settings import Count, NonNegative, parse_with_file, write_json
 from vlv import VLV, VLVConfig, is_trained, load_config, select_dtype
 
 BAD_STEPS = 10  # so many non-finite steps in a row end a run
-ONLY_NOW = ("resume", "accept_changes", "benchmark", "family")  # not in settings.json, for --config
+ONLY_NOW = ("config", "family", "resume", "accept_changes", "benchmark")  # not in settings.json
 
 
 @dataclass
 class TrainConfig(VLVConfig):
     """Every setting of a run, beside those of the model. None: the stage's value in RECIPE."""
 
+    config: Path | None = None  # JSON file with settings; those of one stage under stage1 or stage2
     data: str | None = None  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no texts
     captions: str = ""  # data/caption.py's --out for these shards, in the place of their texts
     val_data: str = ""  # the same for validation; empty: no validation
@@ -88,15 +87,9 @@ RECIPE = {  # the paper's
 }
 
 
-def stage_defaults() -> dict[str, str]:
-    """The defaults of RECIPE in words, for --help."""
-    return {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
-
-
 def merge_settings(given: dict, saved: dict, world_size: int) -> TrainConfig:
-    """The one place where settings meet: the paper's recipe, then those saved in the checkpoint that the run
-    starts from, then those given by file and flags. Raises ValueError for settings that cannot be
-    together."""
+    """The one place where settings meet: the paper's recipe, then those of the checkpoint that the run starts
+    from, then those given by file and flags. Raises ValueError for settings that cannot be together."""
     stage = given.get("stage", 1)
     config = TrainConfig(**RECIPE[stage] | saved | {"stage": stage} | given)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -119,24 +112,19 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def open_data(config: TrainConfig) -> tuple:
-    """(data set for training, data set for validation or None). Raises ValueError if there is nothing to
-    read."""
+    """(data set for training, for validation or None). Raises ValueError if there is nothing to read."""
     latents_of = config.diffusion_model if config.latents and config.denoises else None
     common = dict(size=config.image_size, resize=config.resize, with_captions=config.stage == 2,
                   latents_of=latents_of)
-    dataset = ImageTextDataset(config.data, captions=config.captions, **common)
-    if not config.val_data:
-        return dataset, None
-    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, **common)
-    shared = find_shared(dataset, val_dataset)
-    if shared:
-        raise ValueError(f"training and validation share samples: {shared[0]} and {shared[1]}: take one away")
+    dataset, val_dataset = ImageTextDataset(config.data, captions=config.captions, **common), None
+    if config.val_data:
+        val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, **common)
+        check_apart(dataset, val_dataset)
     return dataset, val_dataset
 
 
 def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, dtype: torch.dtype) -> VLV:
-    """The model in training mode, with what makes it faster or smaller; that changes results by rounding at
-    most."""
+    """The model in training mode, with what makes it faster or smaller, which changes rounding at most."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(VLVConfig)}
     has_unet = config.denoises or bool(config.val_data and config.eval_pictures)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
@@ -159,14 +147,14 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     return model.train()
 
 
-def make_optimizer(model: VLV, config: TrainConfig, world_size: int) -> tuple:
+def make_optimizer(model: VLV, config: TrainConfig) -> tuple:
     """(optimizer, parameters that learn, the model, in DDP if there are several processes). What learns stays
     in float32: at a learning rate of 1e-5 bfloat16 would round most updates away. The memory that this costs,
     AdamW's two moments, is shared out among the processes (ZeRO's first stage)."""
     params = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
                  weight_decay=config.weight_decay, fused=True)
-    if world_size == 1:
+    if WORLD_SIZE == 1:
         return torch.optim.AdamW(params, **adamw), params, model
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes nearly as long to import as torch
 
@@ -194,48 +182,39 @@ def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
-@torch.no_grad()
-def validation_losses(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> dict[str, float]:
+def validation_losses(model: VLV, val_dataset, config: TrainConfig, make_batch) -> dict[str, float]:
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
-    rank, world_size = rank_and_world_size()
-    mine = list(range(min(config.eval_images, len(val_dataset))))[rank::world_size]
-    totals, count = {}, 0
+    mine = list(range(min(config.eval_images, len(val_dataset))))[RANK::WORLD_SIZE]
+    totals, count = dict.fromkeys(["loss", *model.losses], 0.0), 0  # as count_flops has left them
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
-        batch = collate(items, model.decoder.draw_noise if config.denoises else None)
+        batch = make_batch(items)
         if not batch["unreadable"]:
-            losses = {"loss": loss_of(model, batch, device), **model.losses}
-            for name in losses:
-                totals[name] = totals.get(name, 0.0) + losses[name].item() * len(indices)
+            losses = {"loss": loss_of(model, batch, model.device), **model.losses}
+            totals = {name: total + losses[name].item() * len(indices) for name, total in totals.items()}
             count += len(indices)
-    names = max(all_gather([*totals]), key=len)  # a process whose images cannot be read has none
-    *sums, count = all_reduce([*(totals.get(name, 0.0) for name in names), count], device)
-    return {f"val_{name}": value / count for name, value in zip(names, sums)} or {"val_loss": math.nan}
+    *sums, count = all_reduce([*totals.values(), count], model.device)
+    return {f"val_{name}": value / count if count else math.nan for name, value in zip(totals, sums)}
 
 
 @torch.no_grad()
-def draw_pictures(model: VLV, val_dataset, config: TrainConfig, device: torch.device) -> tuple:
-    """(a picture of the first validation images and what is redrawn, their captions)."""
-    count = min(config.eval_pictures, len(val_dataset))
-    items = [val_dataset[i] for i in range(count)]
-    images = torch.stack([item["image"] for item in items])
-    prompt_embeds = model.embed(images.to(device))
-    captions = [""] * len(images)
-    if config.stage == 2:
-        captions = model.caption_head.generate(prompt_embeds)
-        captions = [f"{caption}  (true: {item['caption']})" for caption, item in zip(captions, items)]
-    return panel(list(zip(images, model.decoder.reconstruct(prompt_embeds))), captions), captions
-
-
-def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log: Log, step: int) -> None:
+def evaluate(model: VLV, val_dataset, config: TrainConfig, make_batch, autocast, log: Log, step: int) -> None:
     """Logs the loss on the validation images, and the first of them redrawn and captioned."""
     model.eval()
     with autocast():
-        losses = validation_losses(model, val_dataset, config, device)
-        if rank_and_world_size()[0] == 0 and config.eval_pictures:
-            log.pictures(step, *draw_pictures(model, val_dataset, config, device))
+        losses = validation_losses(model, val_dataset, config, make_batch)
+        if RANK == 0 and config.eval_pictures:
+            items = [val_dataset[i] for i in range(min(config.eval_pictures, len(val_dataset)))]
+            images = torch.stack([item["image"] for item in items])
+            prompt_embeds = model.embed(images.to(model.device))
+            captions = [""] * len(items)
+            if config.stage == 2:
+                captions = model.caption_head.generate(prompt_embeds)
+                captions = [f"{caption}  (true: {item['caption']})" for caption, item in zip(captions, items)]
+            rows = list(zip(images, model.decoder.reconstruct(prompt_embeds)))
+            log.pictures(step, panel(rows, captions), captions)
     model.train()
     log.scalars(step, **losses)
     words = ", ".join(f"{name.removeprefix('val_')} {value:.5f}" for name, value in losses.items())
@@ -245,39 +224,32 @@ def evaluate(model: VLV, val_dataset, config: TrainConfig, device, autocast, log
 
 def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, start: int, runs_in) -> str:
     """What the run is, with a line for each part of the model: trained or frozen, and how many parameters."""
-    world_size = rank_and_world_size()[1]
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
-    lines = [f"starting from {initialized_from}, with {dataset}",
+    grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
+    lines = [f"starting from {initialized_from}, with {dataset.summary}",
              f"stage {config.stage}, steps {start:,} to {config.max_steps:,}: {config.batch_size} images ="
-             f" {world_size} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
+             f" {WORLD_SIZE} processes x {grad_accum_steps} x {config.micro_batch_size} in {runs_in},"
              f" learning rate {config.learning_rate:g} ({config.lr_schedule})"]
     for name, part in model.parts().items():
         learns = "trained" if is_trained(part) else "frozen "
-        lines.append(f"  {name:12} {learns} {sum(p.numel() for p in part.parameters()):>13,} parameters")
+        lines.append(f"  {name:14} {learns} {sum(p.numel() for p in part.parameters()):>13,} parameters")
     return "\n".join(lines)
 
 
 def main(argv=None, saves_on_signals: bool = False):
     # --- settings: what is wrong with them ends the run before anything is loaded
-    quiet()
-    rank, world_size = rank_and_world_size()
-    try:
-        given = parse_with_file(TrainConfig, argv, __doc__, stage_defaults())
-        config = merge_settings(given, {}, world_size)
-        device = select_device(config.device)
-    except ValueError as error:
-        exit_run(f"error: {error}")
-    if world_size > 1:
-        init_process_group("nccl" if device.type == "cuda" else "gloo")
+    defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
+    given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
+    config = on_every_rank(lambda: merge_settings(given, {}, WORLD_SIZE))
+    device = on_every_rank(lambda: select_device(config.device))
+    init_process_group("nccl" if device.type == "cuda" else "gloo")
     run_dir = None if config.benchmark else config.out_dir / f"stage{config.stage}"  # None: writes nothing
-    check_restart(run_dir)
     stage1 = config.out_dir / "stage1" if config.stage == 2 and not config.random_init else None
     locked, checkpoint, resumes = open_run(run_dir, config.init_from, config.resume, stage1)
     if checkpoint:
         saved = on_every_rank(lambda: dataclasses.asdict(load_config(checkpoint)))
         if config.stage == 2 and not resumes:
             saved["caption_end"] = "token"  # which is learned from now on
-        config = on_every_rank(lambda: merge_settings(given, saved, world_size))
+        config = on_every_rank(lambda: merge_settings(given, saved, WORLD_SIZE))
         if saved["stage"] > config.stage:
             print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
@@ -290,26 +262,21 @@ def main(argv=None, saves_on_signals: bool = False):
         dataset, val_dataset = main_rank_first(lambda: open_data(config))  # who comes first builds the index
     torch.manual_seed(config.seed)  # the same new weights on every process
     model = on_every_rank(lambda: load_model(config, checkpoint, device, dtype))
-    total = config.max_steps * config.batch_size
     if config.benchmark:
         moments = config.latents and config.denoises
         shape = (2 * model.decoder.latent_shape[0], *model.decoder.latent_shape[1:]) if moments else None
         dataset, val_dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, shape), None
     with autocast():
         flops = count_flops(model, dataset[0], device)
-    meter = Meter(flops, config.batch_size, total, world_size, device, config.usd_per_gpu_hour)
+    meter = Meter(config, flops, device)
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
-    optimizer, params, ddp = make_optimizer(model, config, world_size)
+    optimizer, params, ddp = make_optimizer(model, config)
     names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size", "resize")
     started_with = {name: getattr(config, name) for name in names}
     started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
     checkpointer = Checkpointer(run_dir, model, optimizer, started_with)
-    start = 0
-    if resumes:
-        start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes))
-        if start > config.max_steps:
-            exit_run(f"error: {run_dir} is at step {start:,}, which is past max_steps {config.max_steps:,}")
+    start = on_every_rank(lambda: checkpointer.restore(checkpoint, config.accept_changes) if resumes else 0)
 
     # --- log and loader
     initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")
@@ -320,24 +287,24 @@ def main(argv=None, saves_on_signals: bool = False):
         settings = dataclasses.asdict(config) | {"micro_batch_size": given.get("micro_batch_size")}
         settings = {name: settings[name] for name in settings if name not in ONLY_NOW}
         log.write("settings.json", lambda path: write_json(path, settings))
-    log.skipped(dataset.problems if rank == 0 else [])
+    log.skipped(dataset.problems if RANK == 0 else [])
     if saves_on_signals:  # from here on there is something to save
         note_signals()
-    grad_accum_steps = config.batch_size // (world_size * config.micro_batch_size)
+    grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
+    make_batch = partial(collate, draw_noise=model.decoder.draw_noise if config.denoises else None)
     batches = micro_batches(len(dataset), config.batch_size, config.micro_batch_size, config.seed,
-                            range(start, config.max_steps), rank, world_size)
-    loader = start_workers(DataLoader(
-        dataset, batch_sampler=batches, num_workers=config.num_workers, pin_memory=device.type == "cuda",
-        timeout=PATIENCE if config.num_workers else 0, worker_init_fn=init_worker,
-        collate_fn=partial(collate, draw_noise=model.decoder.draw_noise if config.denoises else None)))
+                            range(start, config.max_steps), RANK, WORLD_SIZE)
+    loader = start_workers(dataset, batches, config.num_workers, pin_memory=device.type == "cuda",
+                           timeout=PATIENCE if config.num_workers else 0, collate_fn=make_batch)
     bar = tqdm(total=config.max_steps * config.batch_size, initial=start * config.batch_size, unit="img",
-               desc=f"stage {config.stage}", disable=rank > 0, unit_scale=True, mininterval=0.5)
+               desc=f"stage {config.stage}", disable=RANK > 0, unit_scale=True, mininterval=0.5)
     losses = []  # (loss, its parts) of each micro-batch since the last line of the log
     skipped = not_finite = not_finite_in_a_row = 0
     reason = None  # why the run ends before its last step
     is_due = start % config.eval_interval == 0 or start == config.max_steps
-    if is_due and val_dataset is not None and not log.has(start, "val_loss"):  # at the start, or missed
-        evaluate(model, val_dataset, config, device, autocast, log, start)
+    is_done = any(record["step"] == start and "val_loss" in record for record in log.records)
+    if is_due and val_dataset is not None and not is_done:  # at the start, or missed
+        evaluate(model, val_dataset, config, make_batch, autocast, log, start)
 
     for step in range(start + 1, config.max_steps + 1):
         # --- a step: batches, loss, backward, clip, step
@@ -351,7 +318,7 @@ def main(argv=None, saves_on_signals: bool = False):
             log.skipped(batch["skipped"])
             skipped += len(batch["skipped"])
             unreadable = unreadable or batch["unreadable"]
-            if world_size > 1:  # gradients are exchanged once a step; DDP reads this in the forward pass
+            if WORLD_SIZE > 1:  # gradients are exchanged once a step; DDP reads this in the forward pass
                 ddp.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             torch.manual_seed(batch["seed"])  # dropout
             with autocast():
@@ -369,7 +336,7 @@ def main(argv=None, saves_on_signals: bool = False):
         if not bad:
             optimizer.step()
             losses += step_losses
-        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients stay where they are, in buckets
+        optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)  # DDP's gradients stay where they are, in buckets
         meter.end_step()
         bar.update(config.batch_size)
 
@@ -386,7 +353,7 @@ def main(argv=None, saves_on_signals: bool = False):
             *sums, count, all_skipped = all_reduce([*sums, len(losses), skipped], device)
             mean_loss, *parts = [value / count if count else math.nan for value in sums]
             losses = []
-            speed = meter.since_logged()
+            speed = meter.speed(-config.log_interval)
             bar.set_postfix(loss=f"{mean_loss:.4f}", data=f"{speed['waiting_for_data']:.0%}")
             log.scalars(step, loss=mean_loss, **dict(zip(model.losses, parts)), lr=lr,
                         grad_norm=grad_norm.item(), **speed, skipped=int(all_skipped),
@@ -398,14 +365,14 @@ def main(argv=None, saves_on_signals: bool = False):
         if step - start == 2 * config.log_interval or is_last:
             print_once(meter.summary())
         if step % config.save_interval == 0 or is_last or reason:
-            checkpointer.save(step)
+            checkpointer.save(step, log.best_step(saved=True))
         if reason:
             saved = "not saved" if checkpointer.problem else "saved"
             exit_run(f"{reason}, which is {saved}; go on with --resume", run_dir)
         if step % config.eval_interval == 0 or is_last:
             if val_dataset is not None:
-                evaluate(model, val_dataset, config, device, autocast, log, step)
-            log.curves()
+                evaluate(model, val_dataset, config, make_batch, autocast, log, step)
+            log.write("curves.png", lambda path: draw_curves(path, log.records))
 
     bar.close()
     if checkpointer.problem:
@@ -413,8 +380,7 @@ def main(argv=None, saves_on_signals: bool = False):
     best = log.best_step(saved=True)
     better = f"; the best that is saved: step-{best:06d}" if best not in (None, config.max_steps) else ""
     print_once(f"done: {run_dir / f'step-{config.max_steps:06d}' if run_dir else 'nothing is saved'}{better}")
-    if world_size > 1:
-        dist.barrier()
+    all_gather(None)  # the others are done, too
     if locked:
         locked.close()
 

@@ -656,8 +656,8 @@ class TwoClipDecoder(DiffusionDecoder):
                               for _, net, part in self.parts_of(token_embeds)], -1)
 
     def condition(self, prompt_embeds: torch.Tensor) -> dict:
-        """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and, pooled, the last position, which
-        has seen all others, after the last layer of each CLIP that has a projection (SDXL: of the second)."""
+        """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and, pooled, the last position,
+        which has seen all others, after the last layer of each CLIP with a projection (SDXL: the second)."""
         pooled = []
         with without_autocast(prompt_embeds):
             for clip, net, part in self.parts_of(prompt_embeds):

@@ -21,21 +21,20 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import init_process_group, init_worker, on_every_rank, print_once, quiet
-from data.distributed import exit_reasons, rank_and_world_size, run_and_exit, select_device, start_workers
-from data.loader import SECOND_IMAGE, is_shard, packed, read_shard, walk
-from data.results import TEXT, report, write_lines
+from data.distributed import RANK, WORLD_SIZE, all_gather, exit_reasons, init_process_group, on_every_rank
+from data.distributed import run_and_exit, select_device, start_workers
+from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
+from data.results import report
 from data.run import checkpoint_fingerprint
-from data.settings import Count, printable, read_settings, same_as_before
+from data.settings import TEXT, Count, printable, read_settings, same_as_before, write_lines
 from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
 
 
@@ -92,61 +91,47 @@ class Shard:
         self.part.unlink()
 
 
-def find_shards(names: tuple[Path, ...], out: Path) -> list[Shard]:
-    """Raises ValueError for a name without shards, or if two shards would have one captions file."""
-    found = {}
-    for name in names:
-        files, problems = walk(name) if name.is_dir() else ([name], [])
-        paths = [path for path in files if is_shard(path)]
-        for problem in problems:
-            print_once(problem)
-        compressed = packed(files)
-        if compressed:
-            raise ValueError("; ".join(compressed))
-        if not paths or not all(path.is_file() for path in paths):
-            raise ValueError(f"{name}: no tar shards are there; sample.py captions images")
-        for path in paths:
-            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
-            shard = found.setdefault(relative, Shard(path, relative, out))
-            if shard.path != path:
-                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
-    if not found:
-        raise ValueError("name tar shards, or folders of them")
-    return list(found.values())
-
-
-class ShardImages(torch.utils.data.Dataset):
-    """Index -> {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
-
-    def __init__(self, shard: Shard, keys: list[str], spans, config: VLVConfig):
-        self.shard, self.keys, self.spans, self.config = shard, keys, spans, config
-
-    def __getitem__(self, i) -> dict:
-        name = f"{self.shard.name}.tar/{self.keys[i]}"
+def read_images(indices, shard: Shard, keys: list[str], spans, config: VLVConfig) -> list[dict]:
+    """Of each image {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
+    items = [{"image": f"{shard.name}.tar/{keys[i]}"} for i in indices]
+    for i, item in zip(indices, items):
         try:
-            with open(self.shard.path, "rb") as file:
-                file.seek(self.spans[i, 0])
-                data = io.BytesIO(file.read(self.spans[i, 1]))
-            return {"image": name, "pixels": to_pixels(data, self.config.image_size, self.config.resize)}
+            data = io.BytesIO(read_part(shard.path, *map(int, spans[i, :2])))
+            item["pixels"] = to_pixels(data, config.image_size, config.resize)
         except OSError as error:
             reason = " ".join(str(error).split())
-            return {"image": name, "problem": f"{name}: cannot be read as an image: {reason}"}
+            item["problem"] = f"{item['image']}: cannot be read as an image: {reason}"
+    return items
 
 
-def prepare(args: CaptionConfig) -> tuple[Path, list[Shard]]:
-    """(checkpoint, shards). Raises ValueError or OSError for settings that cannot be."""
-    checkpoint, shards = find_checkpoint(args.ckpt), find_shards(args.shards, args.out)
+def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
+    """(checkpoint, shards, a sentence for each file that is out of reach). Raises ValueError or OSError if
+    there are no shards, two of them would have one captions file, or these would mix with others."""
+    checkpoint, shards, problems = find_checkpoint(args.ckpt), {}, []
+    for name in args.shards:
+        found = find_files(name)
+        problems += found.problems
+        if not found.shards:
+            hints = ["no tar shards are there; sample.py captions images", *found.problems]
+            raise ValueError(f"{name}: {'; '.join(hints)}")
+        for path in found.shards:
+            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
+            shard = shards.setdefault(relative, Shard(path, relative, args.out))
+            if shard.path != path:
+                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
+    if not shards:
+        raise ValueError("name tar shards, or folders of them")
     if load_config(checkpoint).stage == 1:
         raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
     note = args.out / "settings.json"
-    others = [shard.final for shard in shards if shard.final.exists() and not note.exists()]
+    others = [shard.final for shard in shards.values() if shard.final.exists() and not note.exists()]
     if others:
         raise ValueError(f"{others[0]} was not written by this program: choose another --out")
     names = ("num_beams", "precision", "max_new_tokens", "batch_size")
     settings = {name: getattr(args, name) for name in names}
     settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
     same_as_before(note, settings, "choose another --out")
-    return checkpoint, shards
+    return checkpoint, list(shards.values()), problems
 
 
 def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):
@@ -160,9 +145,8 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
     problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
     size = args.batch_size
     batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
-    loader = start_workers(torch.utils.data.DataLoader(
-        ShardImages(shard, keys, spans, model.config), batch_sampler=batches, collate_fn=list,
-        num_workers=min(args.num_workers, len(batches)), worker_init_fn=init_worker))
+    read = partial(read_images, shard=shard, keys=keys, spans=spans, config=model.config)
+    loader = start_workers(range(len(keys)), batches, min(args.num_workers, len(batches)), collate_fn=read)
     for _ in batches:
         start = time.perf_counter()
         items = next(loader)
@@ -184,17 +168,14 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
 @torch.inference_mode()
 def main(argv=None) -> int:
     args = read_settings(CaptionConfig, argv, __doc__)
-    quiet()
-    rank, world_size = rank_and_world_size()
     device = on_every_rank(lambda: select_device("auto"))
-    if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
-    checkpoint, shards = on_every_rank(lambda: prepare(args))
-    mine = [shard for shard in shards if not shard.is_done()][rank::world_size]
+    init_process_group("gloo", hours=720)  # who is done waits for the others
+    checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
+    mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
-    count, waited, start, unreadable = 0, 0.0, time.perf_counter(), []
-    bar = tqdm(total=len(mine), unit=" shards", disable=rank > 0 or not mine)
+    count, waited, start = 0, 0.0, time.perf_counter()
+    bar = tqdm(total=len(mine), unit=" shards", disable=RANK > 0 or not mine)
     try:
         for shard in mine:
             for images, seconds in caption_shard(args, model, device, shard):
@@ -202,18 +183,17 @@ def main(argv=None) -> int:
                 waited += seconds
                 elapsed = time.perf_counter() - start
                 per_dollar = count / elapsed * 3600 / args.usd_per_gpu_hour
-                rate, waiting = count / elapsed * world_size, waited / elapsed
+                rate, waiting = count / elapsed * WORLD_SIZE, waited / elapsed
                 bar.set_postfix_str(f"{rate:,.1f}/s, {per_dollar:,.0f} per dollar, {waiting:.0%} waiting")
                 if exit_reasons:
                     sys.exit("stopped by the end of torchrun; the same command goes on")
             bar.update()
-        if world_size > 1:
-            dist.barrier()
-        if rank > 0:
+        all_gather(None)  # the others are done, too
+        if RANK > 0:
             return 0
         for shard in shards:
             if shard.unreadable.exists():
-                unreadable += shard.unreadable.read_text(**{"encoding": TEXT["encoding"]}).splitlines()
+                unreadable += shard.unreadable.read_text(encoding="utf-8").splitlines()
         if unreadable or (args.out / "unreadable.txt").exists():
             write_lines(args.out / "unreadable.txt", unreadable)
     except OSError as error:

@@ -23,63 +23,79 @@ from tqdm import tqdm
 
 PARENT = os.getppid()  # torchrun, if it started this process
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks a run to save and exit
+# What torchrun says: RANK among all processes, LOCAL_RANK among those of this machine
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 exit_reasons = []  # why this process was asked to exit
 
 
-def printing(stream):
-    """stdout or stderr, so that a command can print where it knows ASCII alone, or is closed."""
-    stream = stream or open(os.devnull, "w")
-    with suppress(AttributeError):  # of a notebook
-        stream.reconfigure(errors="backslashreplace")
-    return stream
+class Stream:
+    """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full, or it is
+    closed, or knows ASCII alone."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError):  # of a notebook
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def quiet() -> None:
-    """Silences what libraries tell a command's user, who can do nothing about it."""
-    sys.stdout, sys.stderr = printing(sys.stdout), printing(sys.stderr)
+    """For commands: printing never fails, and libraries keep to themselves what a user cannot change."""
+    if not isinstance(sys.stdout, Stream):
+        sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def print_once(text: str) -> None:
     """Prints on rank 0, above the progress bar."""
-    if rank_and_world_size()[0] == 0:
+    if RANK == 0:
         tqdm.write(text)
 
 
 def select_device(name: str) -> torch.device:
     """This process's device. auto: cuda if there is a GPU for each process, else mps (a Mac's GPU), else cpu.
     Raises ValueError if the device is not here."""
-    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    has_cuda = torch.cuda.device_count() >= processes
-    has_mps = torch.backends.mps.is_available() and processes == 1
+    is_here = {"cuda": torch.cuda.device_count() >= LOCAL_WORLD_SIZE,
+               "mps": torch.backends.mps.is_available() and LOCAL_WORLD_SIZE == 1, "cpu": True}
     if name == "auto":
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
-        raise ValueError(f"{name} is not here for each of {processes} processes (CUDA GPUs here:"
+        name = next(name for name in is_here if is_here[name])
+    if not is_here[name]:
+        raise ValueError(f"{name} is not here for each of {LOCAL_WORLD_SIZE} processes (CUDA GPUs here:"
                          f" {torch.cuda.device_count()}): change --nproc_per_node, or add --device cpu")
     if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    if processes > 1:  # processes that each take every core slow each other down tenfold
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+        return device
+    if LOCAL_WORLD_SIZE > 1:  # processes that each take every core slow each other down tenfold
+        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD_SIZE))
     return torch.device(name)
 
 
-def init_process_group(backend: str, timeout: timedelta = timedelta(hours=1)) -> None:
-    """Joins the other processes. timeout: how long one waits for another, which may be indexing data."""
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+def init_process_group(backend: str, hours: int = 1) -> None:
+    """Joins the other processes, if any. hours: how long one waits for another, as for its index."""
+    timeout = timedelta(hours=hours)
+    if WORLD_SIZE == 1:
+        return
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    if LOCAL_WORLD_SIZE == WORLD_SIZE:
         # after a restart torchrun hands out the same store, with the addresses of the dead in it
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
     dist.barrier()
     threading.Thread(target=follow_parent, args=(PARENT, 120), daemon=True).start()
 
@@ -101,9 +117,8 @@ def note_signals() -> None:
 
 
 def init_worker(worker: int) -> None:
-    """For the workers of a loader that start_workers starts. Signals reach them, too, but the step that is
-    under way needs them; so they end with the process that started them, also where they wait for a pipe that
-    nobody reads any more."""
+    """Signals reach a loader's workers, too, but the step that is under way needs them; so they end with the
+    process that started them, also where they wait for a pipe that nobody reads any more."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # through a pipe: shared memory may be small (64 MB in a container), and a kill leaves it behind
@@ -111,20 +126,23 @@ def init_worker(worker: int) -> None:
     threading.Thread(target=follow_parent, args=(os.getppid(), 0), daemon=True).start()
 
 
-def start_workers(loader: torch.utils.data.DataLoader):
-    """iter(loader). Not just after the processes have spoken: a child that is forked while gloo's thread lets
-    go of a tensor waits for ever for a lock of Python's (CPython 3.11)."""
+def start_workers(dataset, batches, num_workers: int, **kwargs):
+    """An iterator over a DataLoader. batches: lists of indices. Not just after the processes have spoken: a
+    child that is forked while gloo's thread lets go of a tensor waits for ever for a lock of Python's
+    (CPython 3.11)."""
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
+                                         worker_init_fn=init_worker, **kwargs)
     if dist.is_initialized():
         time.sleep(0.5)
     try:
-        batches = iter(loader)
+        iterator = iter(loader)
     except OSError as error:
         sys.exit(f"error: no process can be started to load data ({error}): --num_workers 0 does without")
-    if loader.num_workers:  # Python's end would send them SIGTERM, which they ignore, and wait for ever
-        end = weakref.WeakMethod(batches._shutdown_workers)
+    if num_workers:  # Python's end would send them SIGTERM, which they ignore, and wait for ever
+        end = weakref.WeakMethod(iterator._shutdown_workers)
         # the queues are held, as the garbage collector may else close them before it tells the workers to end
-        atexit.register(lambda queues=batches._index_queues: end() and end()())
-    return batches
+        atexit.register(lambda queues=iterator._index_queues: end() and end()())
+    return iterator
 
 
 def all_gather(value) -> list:
@@ -146,8 +164,7 @@ def all_reduce(values: list, device: torch.device, op=dist.ReduceOp.SUM) -> list
 
 
 def on_every_rank(task):
-    """task() on every process. If it raises ValueError or OSError on one, all exit, and the reason is
-    said."""
+    """task() on every process. If one raises ValueError or OSError, all exit, and the reason is said."""
     result = problem = None
     try:
         result = task()
@@ -161,15 +178,14 @@ def on_every_rank(task):
 
 def main_rank_first(task):
     """on_every_rank(task), but one process of each machine goes first; the others find what it made."""
-    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = on_every_rank(lambda: task() if goes_first else None)
-    return on_every_rank(lambda: result if goes_first else task())
+    result = on_every_rank(lambda: task() if LOCAL_RANK == 0 else None)
+    return on_every_rank(lambda: task() if LOCAL_RANK else result)
 
 
 def exit_run(sentence: str, run_dir: Path | None = None) -> None:
     """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, which
     torchrun's restarts find: they cannot hint it."""
-    rank = int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0))
+    rank = RANK if dist.is_initialized() else LOCAL_RANK
     if rank > 0 and not dist.is_initialized():
         time.sleep(60)  # torchrun ends this process once the first one has spoken
     if rank == 0 and run_dir:
@@ -178,37 +194,10 @@ def exit_run(sentence: str, run_dir: Path | None = None) -> None:
     sys.exit(1 if rank else sentence)
 
 
-def check_restart(run_dir: Path | None) -> None:
-    """Exits if torchrun restarts a run that has ended for a reason. A new start removes the reason."""
-    if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
-        sys.exit(1)
-    if run_dir and rank_and_world_size()[0] == 0:
-        with suppress(OSError):
-            (run_dir / "stopped.txt").unlink()
-
-
-class Stream:
-    """stdout or stderr of a program that goes on when nobody reads it any more, or its disk is full."""
-
-    def __init__(self, stream):
-        self.stream = printing(stream)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 def run_and_exit(main, interrupted: str) -> None:
     """Runs a program and ends this process at once. Python's own way waits for processes that were killed; so
     does destroy_process_group, now and then, in torch 2.13."""
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    quiet()
     try:
         code = main()
     except SystemExit as end:

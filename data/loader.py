@@ -13,9 +13,9 @@ import posixpath
 import re
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,94 +23,90 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from tqdm import tqdm
 
-from data.settings import printable
+from data.settings import printable, read_json, write_atomically, write_json
 from vlv import to_pixels
 
 IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
                       " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
 COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
-INDEX_VERSION = 3  # of what read_shard takes from a shard
+INDEX_VERSION = 4  # of what read_shard takes from a shard
 # Reasons why it leaves something out
 SECOND_IMAGE, NO_IMAGE = "images beside another of their key are left out", "texts have no image"
 TWICE, OTHER_KIND = "names come twice, and the last is taken", "files are of other kinds"
 
 
-def walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """All files below a folder, also behind links, sorted, without hidden ones (thumbnail caches and the
-    like); and a sentence for each that is out of reach."""
-    files, problems, seen = [], [], set()
-    fail = lambda error: problems.append(f"{printable(error.filename)}: {error.strerror}")
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+def find_files(top: Path) -> SimpleNamespace:
+    """What is below a folder, also behind links, sorted, without hidden files (thumbnail caches and the
+    like): images, tar shards, texts and others; and problems, a sentence for each that is out of reach. Or
+    what a file is."""
+    files, seen = [top] if top.is_file() else [], set()
+    found = SimpleNamespace(images=[], shards=[], texts=[], others=[], problems=[])
+    fail = lambda error: found.problems.append(f"{printable(error.filename)}: {error.strerror}")
+    for root, folders, names in os.walk(top, followlinks=True, onerror=fail) if top.is_dir() else ():
         real = os.path.realpath(root)
         if real in seen:  # a link led back
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(root, name)
-                if path.is_file():
-                    files.append(path)
-                else:
-                    problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
-    return sorted(files), problems
-
-
-def is_shard(path: Path) -> bool:
-    return path.suffix.lower() == ".tar"
-
-
-def packed(files: list[Path]) -> list[str]:
-    """A sentence for each compressed tar file."""
-    found = [path for path in files if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", path.name, re.IGNORECASE)]
-    return [printable(f"{path}: a compressed tar file: unpack it, as with gunzip") for path in found]
-
-
-def is_image(path: Path) -> bool:
-    """By its ending, or, where that is unknown, by what is in it."""
-    if path.suffix.lower() in (*IMAGE_ENDINGS, *COMPANIONS):
-        return path.suffix.lower() in IMAGE_ENDINGS
-    try:
-        with Image.open(path):
-            return True
-    except Exception:  # of any of Pillow's plugins
-        return False
-
-
-def read_captions(path: Path) -> dict[Path, bytes]:
-    """{image file: caption} of the captions.jsonl that sample.py writes, or of a folder with it. Raises
-    ValueError."""
-    path, found = path / "captions.jsonl" if path.is_dir() else path, {}
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            record = json.loads(line)
-            if record["caption"]:
-                found[Path(record["image"]).resolve()] = record["caption"].encode()
-    except OSError as error:
-        raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}, is none with image and caption") from error
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    for path in sorted(files):
+        ending = path.suffix.lower()
+        if not path.is_file():
+            found.problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
+        elif re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", path.name, re.IGNORECASE):
+            found.problems.append(printable(f"{path}: a compressed tar file: unpack it, as with gunzip"))
+        elif ending in IMAGE_ENDINGS:
+            found.images.append(path)
+        elif ending in (".tar", ".txt"):
+            (found.shards if ending == ".tar" else found.texts).append(path)
+        elif ending not in COMPANIONS:
+            try:
+                Image.open(path).close()  # its ending does not tell, but what is in it does
+                found.images.append(path)
+            except Exception:  # of any of Pillow's plugins
+                found.others.append(path)
     return found
 
 
-def decode_text(data: bytes) -> str:
-    """Raises OSError for what is not UTF-8."""
-    try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise OSError("its caption is not UTF-8: convert it, as iconv does") from None
+def read_part(path: Path, at: int, size: int = -1) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(at)
+        return file.read(size)
+
+
+def read_captions(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{image: (first byte, -bytes) of its line} of JSON lines with a caption; and a sentence about lines that
+    are something else. Raises OSError."""
+    found, bad, at = {}, [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                image, caption = record["image"], record["caption"]
+                if not isinstance(image, str) or not isinstance(caption, str | None):
+                    raise TypeError
+                if caption:
+                    found[image] = at, -len(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                bad.append(f"{path}: byte {at:,} begins no line with image and caption")
+            at += len(line)
+    if len(bad) > 1:
+        bad[0] += f", nor do {len(bad) - 1:,} others"
+    return found, bad[:1]
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """Images, their captions and their latents' moments.
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
-    without one is unreadable. captions: data/caption.py's --out for the shards, to replace their texts;
-    images without a line there are left out; for a folder of images sample.py's captions.jsonl. latents_of:
+    without one is unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a folder
+    of images, to replace their texts; images without a line there are left out. latents_of:
     the text-to-image model whose moments data/latents.py has computed ahead; None: no moments. `fingerprint`
     is the same as long as the samples are; `problems` are sentences about what is there and cannot be used.
     Raises ValueError if there is nothing to read."""
+
+    attempts = 1000
 
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
@@ -121,61 +117,58 @@ class ImageTextDataset(torch.utils.data.Dataset):
             is_file = self.folder.exists()
             hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
             raise ValueError(f"data folder {folder} {hint}")
-        files, self.problems = walk(self.folder)
-        self.problems += packed(files)
-        self.shards, self.files, self.captions = [path for path in files if is_shard(path)], [], None
-        images = [path for path in files if is_image(path)]
-        if self.shards:
-            if captions and not Path(captions).is_dir():
-                raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            if captions:
-                names = [shard.relative_to(self.folder).with_suffix(".jsonl") for shard in self.shards]
-                self.captions = [Path(captions) / name for name in names]
-            if images:
-                loose = f"{len(images):,} images beside the tar shards are left out"
-                self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
-            self.problems += self.load_index(Path(captions) if captions else self.folder)
-            with_text, lacks = np.count_nonzero(self.index[:, 4]), "its shards hold no KEY.txt"
+        found = find_files(self.folder)
+        self.problems, self.files = found.problems, found.shards or found.images
+        if found.shards:
+            self.open_shards(found.images, captions)
         else:
-            if captions:
-                lines = read_captions(Path(captions))
-                pairs = [(path, lines.get(path.resolve())) for path in images]
-                pairs = [(path, text) for path, text in pairs if text]
-            else:
-                texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-                pairs = [(path, texts.get(path.with_suffix(""))) for path in images]
-                known = {path for pair in pairs for path in pair}
-                silent = {*COMPANIONS} - {".txt"}
-                others = [path for path in files if path not in known and path.suffix.lower() not in silent]
-                if others:
-                    count = f"{len(others):,} files are no images that can be read, or texts without one"
-                    self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
-            self.files, self.texts = [path for path, _ in pairs], [text for _, text in pairs]
-            names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
-            self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-            with_text, lacks = len(self.texts) - self.texts.count(None), "no image has a NAME.txt beside it"
+            self.open_files(found, captions)
+        with_text = np.count_nonzero(self.index[:, 4])
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
         if not len(self):
             recipe = self.folder / "prepare.py"
             hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
             raise ValueError(f"data folder {folder} holds neither images nor tar shards{hint}")
         if with_captions and not with_text:
+            lacks = "its shards hold no KEY.txt" if found.shards else "no image has a NAME.txt beside it"
             raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {lacks}")
-        self.moments = open_latents(self, latents_of) if latents_of else None
+        self.moments = load_latents(self, latents_of)[0] if latents_of else None
 
-    def __str__(self):
-        return self.summary
+    def open_files(self, found: SimpleNamespace, captions: str) -> None:
+        """Sets `text_files`, `fingerprint` and `index`, as open_shards does, of a folder of images."""
+        if captions:
+            lines = Path(captions, "captions.jsonl") if Path(captions).is_dir() else Path(captions)
+            try:
+                places, bad = read_captions(lines)
+            except OSError as error:
+                raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
+            self.problems += bad
+            places = {Path(image).resolve(): (lines, *place) for image, place in places.items()}
+            texts = {path: places[path.resolve()] for path in self.files if path.resolve() in places}
+            self.files = [*texts]
+        else:
+            places = {path.with_suffix(""): (path, 0, path.stat().st_size) for path in found.texts}
+            texts = {path: places.get(path.with_suffix(""), (None, 0, 0)) for path in self.files}
+            others = sorted({*found.others, *found.texts} - {text for text, _, _ in texts.values()})
+            if others:
+                count = f"{len(others):,} files are no images that can be read, or texts without one"
+                self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
+        self.text_files = [text for text, _, _ in texts.values()]
+        rows = [(number, 0, -1, at, size) for number, (_, at, size) in enumerate(texts.values())]
+        self.index = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
+        self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
     def __len__(self):
-        return len(self.index) if self.shards else len(self.files)
+        return len(self.index)
 
     def __getitem__(self, place: int | tuple[int, int]) -> dict:
         """place: i, or (i, seed). Returns read(i) with "seed", "skipped": [sentence] and "unreadable". A
-        sample that cannot be read is skipped for the next that can; "skipped" names it. If a thousand in a
+        sample that cannot be read is skipped for the next that can; "skipped" names it. If `attempts` in a
         row cannot be read, "unreadable" is a sentence instead of None, and the image is black."""
         i, seed = place if isinstance(place, tuple) else (place, None)
         item = dict(seed=seed, skipped=[], unreadable=None)
-        for attempt in range(min(len(self), 1000)):
+        for attempt in range(min(len(self), self.attempts)):
             try:
                 return self.read((i + attempt) % len(self)) | item
             except OSError as error:
@@ -189,119 +182,113 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def read(self, i: int) -> dict:
         """Sample i: {"image": (3, size, size) uint8, "caption": text or None, "moments": (2C, h, w) half or
         None}. Raises OSError, with the sample's name."""
-        if self.shards:
-            name, source, text = self.read_member(*(int(v) for v in self.index[i]))
-        else:
-            source, text = self.files[i], self.texts[i]
-            name = printable(source)
+        number, at, size, text_at, text_size = map(int, self.index[i])
+        path, caption, moments = self.files[number], None, None
         try:
-            caption = ""
-            if self.with_captions and text:
-                caption = decode_text(text if isinstance(text, bytes) else text.read_bytes())
-            if self.with_captions and not caption:
-                raise OSError("no caption")
-            image = to_pixels(source, self.size, self.resize)
-        except OSError as error:
-            raise OSError(f"{name}: {error}") from error
-        moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[i]))
-        if moments is not None and not moments.isfinite().all():
-            raise OSError(f"{name}: it has no latents: data/latents.py could not read it; run that again")
-        return {"image": image, "caption": caption or None, "moments": moments}
+            if self.with_captions:
+                text = read_part(self.text_files[number], text_at, abs(text_size)) if text_size else b""
+                if text_size < 0:
+                    text = (json.loads(text)["caption"] or "").encode(errors="replace")
+                caption = text.decode("utf-8-sig").strip()
+                if not caption:
+                    raise OSError("no caption")
+            image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize)
+            if self.moments is not None:
+                moments = torch.from_numpy(np.array(self.moments[i]))
+                if not moments.isfinite().all():
+                    raise OSError("it has no latents: data/latents.py could not read it; run that again")
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                error = "its caption is not UTF-8: convert it, as iconv does"
+            name = str(path)
+            if at:  # in a shard: before the image is its header, which begins with its name
+                name += ":" + read_part(path, at - 512, 100).split(bytes(1))[0].decode(errors="replace")
+            raise OSError(f"{printable(name)}: {error}") from None
+        return {"image": image, "caption": caption, "moments": moments}
 
-    def read_member(self, shard: int, image_offset: int, image_size: int, text_offset: int, text_size: int):
-        """(name, image file, text as bytes) of a sample in a shard. text_size: below 0 of a JSON file."""
-        with open(self.shards[shard], "rb") as file:
-            header = os.pread(file.fileno(), 100, image_offset - 512)  # begins with the member's name
-            image = io.BytesIO(os.pread(file.fileno(), image_size, image_offset))
-            text = b"" if self.captions else os.pread(file.fileno(), abs(text_size), text_offset)
-        if self.captions:
-            with open(self.captions[shard], "rb") as file:
-                text = os.pread(file.fileno(), text_size, text_offset)
-        if text_size < 0 or self.captions:
-            text = (json.loads(text)["caption"] or "").encode(errors="replace")
-        member = header.split(bytes(1))[0].decode(errors="replace")
-        return printable(f"{self.shards[shard]}:{member}"), image, text
-
-    def load_index(self, cache: Path) -> list[str]:
-        """Sets `index`, (n, 5) int64, memory-mapped: number of the shard, and what index_shard says; and
-        `fingerprint`. Returns sentences about what cannot be used. The index is built by all cores, and kept
-        in the folder `cache` (or with the hub's files, where that is read-only) until a file changes."""
-        files = [(shard, str(shard.relative_to(self.folder))) for shard in self.shards]
-        files += [(lines, str(lines.relative_to(cache))) for lines in self.captions or [] if lines.exists()]
+    def open_shards(self, images: list[Path], captions: str) -> None:
+        """Sets `text_files`, one for each of `files`; `index`, (n, 5) int64: number of the file, and what
+        index_shard says; and `fingerprint`. The index is kept in the folder (of the captions, if given; with
+        the hub's files, where that is read-only) until a file changes."""
+        cache, self.text_files = Path(captions or self.folder), self.files
+        if captions:
+            if not cache.is_dir():
+                raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
+            names = [path.relative_to(self.folder).with_suffix(".jsonl") for path in self.files]
+            self.text_files = [cache / name for name in names]
+        if images:
+            loose = f"{len(images):,} images beside the tar shards are left out"
+            self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
+        files = [(path, str(path.relative_to(self.folder))) for path in self.files]
+        if captions:
+            files += [(path, str(path.relative_to(cache))) for path in self.text_files if path.exists()]
         stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
         if not os.access(cache, os.W_OK):
             cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
-        array_file, stamp_file = cache / "index.bin", cache / "index.json"
-        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            saved = json.loads(stamp_file.read_text(encoding="utf-8"))
-            if saved["shards"] == stamp and saved["version"] == INDEX_VERSION:
-                self.fingerprint = index_fingerprint(array_file, stamp)
-                self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
-                if self.fingerprint == saved["fingerprint"]:
-                    return saved["problems"]
-        problems, count, left_out = [], len(self.shards), {}
-        unfinished = Path(f"{array_file}.{os.uname().nodename}.{os.getpid()}")
+        array_file, about_file = cache / "index.bin", cache / "index.json"
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            stamp_file.unlink(missing_ok=True)
-            with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(unfinished, "wb") as file:
-                found = pool.map(index_shard, self.shards, self.captions or [None] * count)
-                bar = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
-                for number, (spans, broken, others) in enumerate(bar):
-                    np.insert(spans, 0, number, axis=1).tofile(file)
-                    problems += broken
-                    for kind, (many, example) in others.items():
-                        before, first = left_out.get(kind, (0, example))
-                        left_out[kind] = before + many, first
-            for kind, (many, example) in left_out.items():
-                problems.append(printable(f"{self.folder}: {many:,} {kind}, such as {example}"))
-            if not unfinished.stat().st_size:
-                where = f"with captions in {cache}" if self.captions else "in them"
-                reason = "".join(f": {problem}" for problem in problems[:1])
-                raise ValueError(f"{self.folder} has {count} tar shards, but no images {where}{reason}")
-            os.replace(unfinished, array_file)
-            self.fingerprint = index_fingerprint(array_file, stamp)
-            saved = dict(version=INDEX_VERSION, shards=stamp, problems=problems, fingerprint=self.fingerprint)
-            unfinished.write_text(json.dumps(saved), encoding="utf-8")
-            os.replace(unfinished, stamp_file)
-        except OSError as error:
-            where = error.filename or f"{cache}, or /dev/shm"
-            raise ValueError(f"cannot make the index of the data: {where}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+            about = read_json(about_file)
+            here = dict(version=INDEX_VERSION, shards=stamp, fingerprint=index_fingerprint(array_file, stamp))
+            is_right = here.items() <= about.items()
+        except (OSError, ValueError):  # none yet, or a damaged one
+            is_right = False
+        if not is_right:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                problems = write_atomically(array_file, self.write_index)
+                about = dict(version=INDEX_VERSION, shards=stamp, problems=problems,
+                             fingerprint=index_fingerprint(array_file, stamp))
+                write_json(about_file, about)
+            except OSError as error:
+                where = error.filename or f"{cache}, or /dev/shm"
+                raise ValueError(f"cannot make the index of the data: {where}: {error.strerror}") from error
+        self.problems += about["problems"]
+        self.fingerprint = about["fingerprint"]
         self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
+
+    def write_index(self, path: Path) -> list[str]:
+        """Returns sentences about what cannot be used. Raises ValueError if that is all."""
+        problems, left_out, count = [], {}, len(self.files)
+        with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(path, "wb") as file:
+            found = pool.map(index_shard, self.files, self.text_files)
+            found = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
+            for number, (spans, broken, others) in enumerate(found):
+                np.insert(spans, 0, number, axis=1).tofile(file)
+                problems += broken
+                for reason, (many, example) in others.items():
+                    before, first = left_out.get(reason, (0, example))
+                    left_out[reason] = before + many, first
+        for reason, (many, example) in left_out.items():
+            problems.append(printable(f"{self.folder}: {many:,} {reason}, such as {example}"))
+        if not path.stat().st_size:
+            what = "images in them" if self.text_files == self.files else "images with captions"
+            raise ValueError(f"{self.folder} has {count} tar shards, but no {what}: {problems[0]}")
         return problems
 
 
-def find_shared(a: ImageTextDataset, b: ImageTextDataset) -> tuple[Path, Path] | None:
-    """A file that two data sets both hold, by both names; of shards also copies are found."""
-    sizes, files = {}, {(path.stat().st_dev, path.stat().st_ino): path for path in a.shards + a.files}
-    for path in a.shards:
-        sizes.setdefault(path.stat().st_size, []).append(path)
-    for path in b.shards + b.files:
+def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
+    """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
+    files = {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
+    sizes = {path: path.stat().st_size for path in a.files if path.suffix.lower() == ".tar"}
+    for path in b.files:
         state = path.stat()
-        same = files.get((state.st_dev, state.st_ino))
-        copies = sizes.get(state.st_size, []) if is_shard(path) else []
-        same = same or next((other for other in copies if filecmp.cmp(other, path, shallow=False)), None)
+        copies = [other for other, size in sizes.items()
+                  if size == state.st_size and filecmp.cmp(other, path, shallow=False)]
+        same = files.get((state.st_dev, state.st_ino)) or next(iter(copies), None)
         if same:
-            return same, path
-    return None
+            raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
 class SyntheticDataset(torch.utils.data.Dataset):
     """One random image with a caption of so many words, over and over, for benchmarks. moments_shape: (2C, h,
     w), as if moments had been computed ahead; None: no moments."""
 
-    problems, fingerprint = [], "synthetic"
+    problems, summary, fingerprint = [], "synthetic images", "synthetic"
 
     def __init__(self, size: int, caption_words: int, moments_shape: tuple | None = None):
         moments = None if moments_shape is None else torch.zeros(moments_shape, dtype=torch.float16)
         self.item = dict(image=torch.randint(0, 256, (3, size, size), dtype=torch.uint8),
                          caption="a " * caption_words, moments=moments, skipped=[], unreadable=None)
-
-    def __str__(self):
-        return "synthetic images"
 
     def __len__(self):
         return 1_000_000
@@ -320,6 +307,8 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
     places, links, problems, samples, again = {}, {}, [], {}, []
     try:
         end = path.stat().st_size
+        if read_part(path, 0, 2) == b"\x1f\x8b":
+            raise tarfile.ReadError("it is compressed: unpack it with gunzip")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
@@ -336,10 +325,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
             if tar.fileobj.read(512) != bytes(512):  # tarfile stops without a word where no header is
                 raise tarfile.ReadError("its end is missing")
     except (OSError, tarfile.TarError) as error:
-        problems.append(f"{path}: broken shard ({error}); the samples before the break are used")
-        with suppress(OSError), open(path, "rb") as file:
-            if file.read(2) == b"\x1f\x8b":
-                problems = [f"{path}: broken shard; it is compressed: unpack it with gunzip"]
+        problems.append(f"{path}: broken shard ({error}); what is before the break is used")
     for name, target in links.items():
         for _ in range(8):  # links to links
             target = links.get(target, target)
@@ -356,66 +342,49 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
         # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
         names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
         of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
-        images, texts, (at, size) = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), (0, 0)
-        jsons = of_kind(".json")
+        images, texts, jsons = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), of_kind(".json")
         left_out[OTHER_KIND] += {*names} - {*images, *texts, *jsons}
         left_out[SECOND_IMAGE] += images[1:]
-        left_out[NO_IMAGE] += [] if images else texts
         if not images:
+            left_out[NO_IMAGE] += texts
             continue
-        captions = [] if texts else [places[name] for name in jsons if has_caption(path, *places[name])]
-        if texts:
-            at, size = places[texts[0]]
-        elif captions:
-            at, size = captions[0][0], -captions[0][1]
-        spans[key] = *places[images[0]], at, size
+        captions = [places[name] for name in texts]
+        if not texts:
+            captions = [(at, -size) for at, size in map(places.get, jsons) if has_caption(path, at, size)]
+        spans[key] = *places[images[0]], *(captions + [(0, 0)])[0]
     return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
 
 
 def has_caption(path: Path, at: int, size: int) -> bool:
     """Whether this part of the file is JSON with a "caption"."""
     try:
-        with open(path, "rb") as file:
-            return isinstance(json.loads(os.pread(file.fileno(), size, at))["caption"], str)
+        return isinstance(json.loads(read_part(path, at, size))["caption"], str)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def index_shard(path: Path, captions: Path | None = None) -> tuple[np.ndarray, list[str], dict]:
+def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict]:
     """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
-    JSON lines of this shard, whose places replace those of its texts; only images that have a line are
-    kept."""
+    the shard itself, or JSON lines to replace its texts; images without a line are left out."""
     keys, spans, problems, left_out = read_shard(path)
     left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
     if not keys:
         left_out["shards hold no images"] = 1, str(path)
-    if captions is None:
+    if captions == path:
         return spans, problems, left_out
-    lines, at, bad, count = {}, 0, [], 0
-    for line in open(captions, "rb") if captions.exists() else []:
-        try:
-            record = json.loads(line)
-            if not isinstance(record["caption"], str | None):
-                raise TypeError
-            shard, _, key = record["image"].partition(".tar/")
-            if Path(shard).name == captions.stem:
-                lines[key] = at, len(line)
-            count += 1
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            bad.append(f"{captions}: byte {at:,} begins no line with image and caption")
-        at += len(line)
-    kept = [i for i, key in enumerate(keys) if key in lines]
+    left_out.pop(NO_IMAGE, None)
     if not captions.exists():
         left_out["shards have no captions, as their files are not there"] = 1, str(captions)
-    elif len(kept) < len(keys):
-        left_out["images have no line among the captions"] = len(keys) - len(kept), str(captions)
-    if len(kept) < count:
-        left_out["lines of captions are of no image here, or come twice"] = count - len(kept), str(captions)
-    if len(bad) > 1:
-        bad[0] += f", nor do {len(bad) - 1:,} others"
-    texts = np.array([lines[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    left_out.pop(NO_IMAGE, None)
-    return np.concatenate([spans[kept, :2], texts], 1), problems + bad[:1], left_out
+        return spans[:0], problems, left_out
+    lines, bad = read_captions(captions)
+    texts = {f"/{image}".partition(f"/{captions.stem}.tar/")[2]: place for image, place in lines.items()}
+    kept = [i for i, key in enumerate(keys) if key in texts]
+    for reason, count in [("images have no line among the captions", len(keys) - len(kept)),
+                          ("lines of captions are of no image here", len(lines) - len(kept))]:
+        if count:
+            left_out[reason] = count, str(captions)
+    spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
+    return spans[kept], problems + bad, left_out
 
 
 def index_fingerprint(array_file: Path, stamp: list) -> str:
@@ -426,21 +395,22 @@ def index_fingerprint(array_file: Path, stamp: list) -> str:
     return digest.hexdigest()
 
 
-def open_latents(dataset: ImageTextDataset, model: str) -> np.ndarray:
-    """data/latents.py's (n, 2C, h, w) half, memory-mapped; NaN for what could not be read then. Raises
-    ValueError if they are of other images, or not finished."""
+def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.ndarray, np.ndarray]:
+    """What data/latents.py has computed, memory-mapped: (n, 2C, h, w) half, NaN for what could not be read;
+    and (n) uint8, 0 for what is still to do. mode: "r+" to go on with that. Raises ValueError if they are of
+    other images, or not finished."""
     folder = dataset.folder
-    hint = (f"python data/latents.py {folder} --diffusion_model {model} --image_size {dataset.size}"
-            f" --resize {dataset.resize}")
     try:
-        moments, done = [np.load(folder / f"latents{kind}.npy", mmap_mode="r") for kind in ("", ".done")]
-        if json.loads((folder / "latents.json").read_text()) != describe_latents(dataset, model):
+        moments, done = [np.load(folder / f"latents{kind}.npy", mode) for kind in ("", ".done")]
+        if read_json(folder / "latents.json") != describe_latents(dataset, model):
             raise ValueError("they are of other images or another model")
-        if not len(moments) == len(done) == len(dataset) or (done == 0).any():
+        if not len(moments) == len(done) == len(dataset) or (mode == "r" and (done == 0).any()):
             raise ValueError("they are not finished")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no latents ({error}); compute them with: {hint}") from error
-    return moments
+        flags = f"--diffusion_model {model} --image_size {dataset.size} --resize {dataset.resize}"
+        raise ValueError(f"{folder} has no latents ({error}); compute them with: python data/latents.py"
+                         f" {folder} {flags}") from error
+    return moments, done
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:

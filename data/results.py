@@ -1,6 +1,7 @@
 """What sample.py writes into --out: pictures, captions.jsonl, and index.html to look at them."""
 
 import html
+import itertools
 import json
 import os
 import sys
@@ -13,10 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.run import lock
-from data.settings import printable, write_atomically
-
-# "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
-TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
+from data.settings import TEXT, printable, write_atomically, write_lines
 
 
 def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
@@ -43,25 +41,6 @@ def panel(rows: list[list], captions: list[str], heads: list[str] | None = None)
             draw.text((4, top + side + 3 + line * number), words, "black", font)
         top += height
     return sheet
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    """The file, whole, with these lines."""
-    write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
-
-
-def read_records(path: Path) -> list[dict]:
-    """The records of captions.jsonl, without a last half line of a call that was killed. Raises ValueError if
-    another program has written the file."""
-    records, lines = [], open(path, **TEXT).readlines() if path.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            records.append({key: record[key] for key in ("image", "caption", "picture")} | record)
-        except (ValueError, KeyError, TypeError):
-            if line.endswith("\n"):
-                raise ValueError(f"{path} was not written by this program: choose another --out") from None
-    return records
 
 
 def report(problems: list[str]) -> int:
@@ -112,44 +91,38 @@ class Results:
     def __init__(self, folder: Path):
         self.lock = lock(folder)  # two calls at a time would each take the other's lines away
         self.folder, self.path = folder, folder / "captions.jsonl"
-        self.records = {record["image"]: record for record in read_records(self.path)}
+        self.records = {}
+        for line in open(self.path, **TEXT) if self.path.exists() else []:
+            try:
+                record = json.loads(line)
+                record = {key: record[key] for key in ("image", "caption", "picture")} | record
+                self.records[record["image"]] = record
+            except (ValueError, KeyError, TypeError):
+                if line.endswith("\n"):  # else it is half a line of a call that was killed
+                    hint = "was not written by this program: choose another --out"
+                    raise ValueError(f"{self.path} {hint}") from None
+        for record in self.records.values():
+            if record["picture"] and not (folder / record["picture"]).exists():
+                record |= {"picture": None, "made_of": None}  # it is to be drawn again
         self.finish()
 
-    @property
-    def pictures(self) -> set[str]:
-        """The names of all pictures that were drawn."""
-        return {record["picture"] for record in self.records.values() if record["picture"]}
-
-    def has(self, image: str, made_of: str) -> bool:
-        """Whether this image's result is there, made of the same file, checkpoint and settings."""
-        record = self.records.get(image, {})
-        whole = not record.get("picture") or (self.folder / record["picture"]).exists()
-        return record.get("made_of") == made_of and whole
-
-    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> None:
-        """Replaces this image's result, if there was one. The picture is STEM.png, or STEM-2.png, ... where
-        that is another's. more: what else the line says."""
+    def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> dict:
+        """Replaces this image's result, if there was one; returns its record. The picture is STEM.png, or
+        STEM-2.png, ... where that is another's. more: what else the line says."""
         before = self.records.pop(image, {"picture": None, "caption": None})
         name = before["picture"]
         if picture is not None:
-            name = name or self.free_name(stem)
+            names = (f"{stem}.png" if n == 1 else f"{stem}-{n}.png" for n in itertools.count(1))
+            name = name or next(free for free in names if not os.path.lexists(self.folder / free))
             write_atomically(self.folder / name, lambda file: picture.save(file, "png"))
-        elif name and not (self.folder / name).exists():
-            name = None
         elif name and before["caption"] != caption:
             tqdm.write(f"{name} is removed: it was drawn from another caption", file=sys.stderr)
             (self.folder / name).unlink(missing_ok=True)
             name = None
-        self.records[image] = {"image": image, "caption": caption, "picture": name} | more
+        record = self.records[image] = {"image": image, "caption": caption, "picture": name} | more
         with open(self.path, "a", **TEXT) as file:
-            file.write(json.dumps(self.records[image], ensure_ascii=False) + "\n")
-
-    def free_name(self, stem: str) -> str:
-        name, number = f"{stem}.png", 1
-        while os.path.lexists(self.folder / name):
-            number += 1
-            name = f"{stem}-{number}.png"
-        return name
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return record
 
     def finish(self) -> None:
         """Leaves one line an image, and writes the page, unless index.html is a file of the user's."""
@@ -162,8 +135,8 @@ class Results:
 
 def figure(record: dict) -> str:
     """A row of the page. Pictures off the screen are not loaded, so that a browser takes thousands."""
-    source = quote(os.fsencode(record["picture"] or os.path.abspath(record["image"])))
-    source = source if record["picture"] else f"file://{source}"
+    name = record["picture"]
+    source = quote(os.fsencode(name)) if name else Path(record["image"]).absolute().as_uri()
     captions = "".join(f'<p dir="auto">{html.escape(text)}</p>' for text in record.get("captions") or
                        [record["caption"] or ""])
     about = html.escape(f"{record['image']}, by {record.get('checkpoint', 'an unknown checkpoint')}")

@@ -26,8 +26,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.distributed import all_gather, exit_run, on_every_rank, print_once, rank_and_world_size
-from data.settings import read_json, write_json, write_atomically
+from data.distributed import RANK, RESTARTS, WORLD_SIZE, all_gather, exit_run, on_every_rank, print_once
+from data.loader import read_part
+from data.settings import TEXT, read_json, write_atomically, write_json, write_lines
 from vlv import checkpoints, find_checkpoint, read_weights, sync, write_about, write_weights
 
 PATIENCE = 1800  # seconds that a run waits for a batch
@@ -40,10 +41,8 @@ def checkpoint_fingerprint(checkpoint: Path) -> str:
     """Tells checkpoints apart: a hash of config.json, and of the ends of the weights' files."""
     digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
     for path in sorted(checkpoint.glob("model*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
+        digest.update(read_part(path, 0, 2**20))
+        digest.update(read_part(path, max(0, path.stat().st_size - 2**20)))
     return digest.hexdigest()[:16]
 
 
@@ -66,20 +65,23 @@ def lock(folder: Path):
 
 
 def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
-    """Takes the run's folder, and finds where the run starts. Exits if that cannot be.
+    """Takes the run's folder, and finds where the run starts. Exits if that cannot be, or where torchrun
+    restarts a run that has ended for a reason.
 
     run_dir: None for a run that writes nothing. stage1: the run that this one follows, if any. Returns (a
     file to keep open, checkpoint or None for the pretrained models, whether that is this run's own)."""
-    is_writer = run_dir is not None and rank_and_world_size()[0] == 0
+    is_writer = run_dir is not None and RANK == 0
+    if run_dir and RESTARTS and (run_dir / "stopped.txt").exists():
+        sys.exit(1)
     locked = on_every_rank(lambda: lock(run_dir) if is_writer else None)
-    if is_writer:
-        shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
-    checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
     owner = ""
     if is_writer:
+        (run_dir / "stopped.txt").unlink(missing_ok=True)  # a new start removes the reason
+        shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
         locked.seek(0)
         owner = locked.read()  # opening the file again, and closing it, would give the lock up
-    elif run_dir and (run_dir / ".lock").exists():
+    checkpoint, resumes = on_every_rank(lambda: find_start(run_dir, init_from, resume, stage1))
+    if run_dir and not is_writer and (run_dir / ".lock").exists():
         owner = (run_dir / ".lock").read_text()
     seen = set(all_gather((str(checkpoint), owner)))
     if len(seen) > 1:
@@ -88,8 +90,7 @@ def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | 
 
 
 def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | None) -> tuple:
-    """(checkpoint or None, whether it is this run's own). Raises ValueError or OSError if that is not
-    clear."""
+    """(checkpoint or None, whether it is this run's own). Raises ValueError or OSError if that is unclear."""
     own = checkpoints(run_dir) if run_dir else []
     if own and not resume:
         raise ValueError(f"{run_dir} already holds a run: add --resume to go on, or choose another --out_dir")
@@ -108,10 +109,8 @@ def find_start(run_dir: Path | None, init_from: str, resume: bool, stage1: Path 
 
 class Checkpointer:
     """Saves and restores a run. Each process writes its share: some of the weights, and the optimizer's state
-    that it holds. So nothing is gathered, and any number of processes can go on from it.
-
-    started_with: what a run must not change, by name. problem: why the last save failed, or None.
-    """
+    that it holds. So nothing is gathered, and any number of processes can go on from it. started_with: what a
+    run must not change, by name. problem: why the last save failed, or None."""
 
     def __init__(self, run_dir: Path | None, model, optimizer: torch.optim.Optimizer, started_with: dict):
         self.run_dir, self.model, self.started_with, self.problem = run_dir, model, started_with, None
@@ -133,6 +132,9 @@ class Checkpointer:
             elif before != value and not accept_changes:
                 raise ValueError(f"{self.run_dir} was started with {name} {before}, and now it is {value}:"
                                  " give it as it was, or add --accept_changes")
+        if trainer["step"] > self.started_with["max_steps"]:
+            limit = f"past max_steps {self.started_with['max_steps']:,}"
+            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is {limit}")
         saved = read_weights(checkpoint, "optimizer")
         for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
             for kind in ("step", "exp_avg", "exp_avg_sq"):
@@ -142,16 +144,16 @@ class Checkpointer:
                 self.optimizer.state[p][kind] = saved[name][...].to(p.device)
         return trainer["step"]
 
-    def save(self, step: int) -> None:
-        """Writes step-STEP, by all processes together. A failure is said, and the run goes on."""
+    def save(self, step: int, best: int | None = None) -> None:
+        """Writes step-STEP, by all processes together. A failure is said, and the run goes on. best: the step
+        whose checkpoint stays, beside the last two."""
         if self.run_dir is None:
             return
         start, folder = time.perf_counter(), self.run_dir / "saving"
-        rank, world_size = rank_and_world_size()
-        part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
+        part = f"-{RANK + 1:05d}-of-{WORLD_SIZE:05d}" if WORLD_SIZE > 1 else ""
         weights = self.model.learned_state()
         by_size = sorted(weights, key=lambda name: -weights[name].numel())
-        mine = {name: weights[name] for name in by_size[rank::world_size]}
+        mine = {name: weights[name] for name in by_size[RANK::WORLD_SIZE]}
         state = {f"{self.names[p]}.{kind}": value
                  for p, values in self.optimizer.state.items() for kind, value in values.items()}
         problem = None
@@ -159,28 +161,27 @@ class Checkpointer:
             folder.mkdir(exist_ok=True)
             write_weights(folder / f"model{part}.safetensors", mine, self.model.config)
             write_weights(folder / f"optimizer{part}.safetensors", state, self.model.config)
-            if rank == 0:
+            if RANK == 0:
                 write_json(folder / "trainer.json", {"step": step} | self.started_with)
                 write_about(folder, self.model)
             sync(folder)
         except (OSError, ValueError) as error:
             problem = str(error)
-        problems = [p for p in all_gather(problem) if p]
-        if rank == 0:
+        problem = next((p for p in all_gather(problem) if p), None)
+        if RANK == 0:
             try:
-                if not problems:
+                if not problem:
                     os.rename(folder, self.run_dir / f"step-{step:06d}")
                     sync(self.run_dir)
             except OSError as error:
-                problems = [str(error)]
+                problem = str(error)
             shutil.rmtree(folder, ignore_errors=True)
             older = [path for path in checkpoints(self.run_dir) if int(path.name[5:]) < step]
-            best = best_step(self.run_dir, saved=True)
-            for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problems else []:
+            for old in [path for path in older[:-1] if int(path.name[5:]) != best] if not problem else []:
                 with suppress(OSError):  # one that cannot be removed harms nothing
                     os.rename(old, folder)  # no half of it counts as a checkpoint
                     shutil.rmtree(folder)
-        self.problem = next(iter(all_gather(problems)[0]), None)
+        self.problem = all_gather(problem)[0]
         if self.problem:
             print_once(f"error: step {step:,} is not saved: {self.problem}; the next save tries again")
         else:
@@ -189,11 +190,17 @@ class Checkpointer:
 
 class Log:
     """The files beside a run's checkpoints. The run can do without them: where one cannot be written, it says
-    so and goes on. Lines of log.jsonl after step `start` are taken out, as they come again."""
+    so and goes on. `records`: the lines of log.jsonl, the same on every rank; those after step `start` are
+    taken out, as they come again."""
 
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
-        self.run_dir, self.is_writer, self.board = run_dir, rank_and_world_size()[0] == 0, None
-        self.write("log.jsonl", lambda path: cut_log(path, start))
+        self.run_dir, self.is_writer, self.board = run_dir, RANK == 0, None
+        path, records = run_dir and run_dir / "log.jsonl", []
+        for line in path.open() if run_dir and path.exists() else []:
+            with suppress(ValueError):  # an incomplete line, which a full disk leaves
+                records.append(json.loads(line))
+        self.records = all_gather([record for record in records if record["step"] <= start])[0]
+        self.write("log.jsonl", lambda path: write_lines(path, map(json.dumps, self.records)))
         if tensorboard and run_dir and self.is_writer:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -210,22 +217,18 @@ class Log:
     def scalars(self, step: int, **values) -> None:
         """Adds a line to log.jsonl, with null for what is not finite."""
         values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
-        self.write("log.jsonl", lambda path: append(path, json.dumps({"step": step, **values})))
+        self.records.append({"step": step, **values})
+        self.write("log.jsonl", lambda path: append(path, json.dumps(self.records[-1])))
         for name, value in values.items() if self.board else ():
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether log.jsonl has this value of a step; the same on every rank."""
-        records = read_log(self.run_dir / "log.jsonl") if self.is_writer else []
-        return all_gather(any(record["step"] == step and name in record for record in records))[0]
-
     def best_step(self, saved: bool = False) -> int | None:
-        """See best_step; the same on every rank."""
-        return all_gather(best_step(self.run_dir, saved) if self.run_dir and self.is_writer else None)[0]
-
-    def curves(self) -> None:
-        self.write("curves.png", lambda path: draw_curves(path, read_log(self.run_dir / "log.jsonl")))
+        """The step with the least validation loss; saved: of those whose checkpoint is there."""
+        losses = {r["step"]: r["val_loss"] for r in self.records if r.get("val_loss") is not None}
+        found = checkpoints(self.run_dir) if self.run_dir else []
+        there = {int(path.name[5:]) for path in found} if saved else losses
+        return min(losses.keys() & there, key=losses.get, default=None)
 
     def pictures(self, step: int, sheet, captions: list[str]) -> None:
         self.write(f"step-{step:06d}.png", sheet.save)
@@ -242,82 +245,48 @@ class Log:
 
 
 def append(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", **TEXT) as file:
         file.write(line + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl, without incomplete ones, which a full disk leaves."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def best_step(run_dir: Path, saved: bool) -> int | None:
-    """The step with the least validation loss; saved: of those whose checkpoint is there."""
-    records = [r for r in read_log(run_dir / "log.jsonl") if r.get("val_loss") is not None]
-    losses = {record["step"]: record["val_loss"] for record in records}
-    there = {int(path.name[5:]) for path in checkpoints(run_dir)} if saved else losses
-    return min(losses.keys() & there, key=losses.get, default=None)
-
-
-def cut_log(path: Path, start: int) -> None:
-    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= start]
-    if path.exists() and "".join(lines) != path.read_text():
-        write_atomically(path, lambda file: file.write_text("".join(lines)))
 
 
 def draw_curves(path: Path, records: list[dict]) -> None:
     """Draws the losses in records, the lines of log.jsonl, on a logarithmic scale."""
-    width, height = 1200, 800
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", (1200, 800), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
     log = lambda value: math.log10(max(value, 1e-9))
     lines = {name: [(r["step"], log(r[name])) for r in records if r.get(name) is not None] for name in COLORS}
     lines = {name: line for name, line in lines.items() if line or name == "loss"}
     points = [point for line in lines.values() for point in line] or [(0, 0.0)]
     (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
-    left, right, top, bottom = 120, width - 40, 80, height - 60
-    x_scale, y_scale = (right - left) / ((last - first) or 1), (bottom - top) / ((high - low) or 1)
+    x = lambda step: 120 + 1040 * (step - first) / ((last - first) or 1)
+    y = lambda value: 740 - 660 * (value - low) / ((high - low) or 1)
     for part in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + part * (right - left), bottom - part * (bottom - top)
-        draw.line([(left, y), (right, y)], "#e4e4e4", 2)
-        draw.text((left - 10, y), f"{10 ** (low + part * (high - low)):.3g}", "black", font, "rm")
-        draw.text((x, bottom + 12), f"{first + part * (last - first):.6g}", "black", font, "ma")
+        step, value = first + part * (last - first), low + part * (high - low)
+        draw.line([(120, y(value)), (1160, y(value))], "#e4e4e4", 2)
+        draw.text((110, y(value)), f"{10 ** value:.3g}", "black", font, "rm")
+        draw.text((x(step), 752), f"{step:.6g}", "black", font, "ma")
     for number, (name, line) in enumerate(lines.items()):
-        pixels = [(left + (step - first) * x_scale, bottom - (value - low) * y_scale) for step, value in line]
-        draw.text((left + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
+        pixels = [(x(step), y(value)) for step, value in line]
+        draw.text((120 + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
-        for x, y in pixels[-1:]:
-            draw.ellipse([x - 6, y - 6, x + 6, y + 6], COLORS[name])
+        for end in pixels[-1:]:
+            draw.circle(end, 6, COLORS[name])
     write_atomically(path, lambda file: image.save(file, "png"))
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class Meter:
-    """A run's clock. It times steps alone, not validation, pictures and saves between them.
+    """A run's clock. It times steps alone, not validation, pictures and saves between them. flops: of one
+    image, forward and backward."""
 
-    flops: of one image, forward and backward. batch_size: images a step, over all processes. total: images of
-    the whole stage."""
-
-    def __init__(self, flops, batch_size: int, total: int, processes: int, device, usd_per_gpu_hour: float):
-        self.flops, self.batch_size, self.total, self.processes = flops, batch_size, total, processes
-        self.device, self.usd_per_gpu_hour = device, usd_per_gpu_hour
+    def __init__(self, config, flops: int, device: torch.device):
+        self.batch_size, self.usd_per_gpu_hour = config.batch_size, config.usd_per_gpu_hour
+        self.total = config.max_steps * config.batch_size  # images of the whole stage
+        self.flops, self.device = flops, device
         self.warm_up = 2 if device.type == "cuda" else 1  # steps in which kernels are compiled and chosen
-        self.seconds, self.waited, self.logged = [], [], 0  # of each step; how many the log has
+        self.steps = []  # of each its seconds, and how many of them it waited for data
 
     def start_step(self) -> None:
-        self.began = time.perf_counter()
-        self.waited.append(0.0)
+        self.began, self.waited = time.perf_counter(), 0.0
 
     def next(self, loader) -> dict:
         """The loader's next batch. Exits if there is none for half an hour."""
@@ -332,36 +301,34 @@ class Meter:
                 sys.exit(f"error: a process that loads data was killed ({str(error).splitlines()[0]}): if the"
                          " memory was full, lower --num_workers; --resume goes on")
             raise
-        self.waited[-1] += time.perf_counter() - start
+        self.waited += time.perf_counter() - start
         return batch
 
     def end_step(self) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
-        if self.device.type == "cuda" and len(self.seconds) == self.warm_up:
+        self.steps.append((time.perf_counter() - self.began, self.waited))
+        if self.device.type == "cuda" and len(self.steps) == self.warm_up:
             torch.cuda.reset_peak_memory_stats()
 
     def speed(self, first: int) -> dict[str, float]:
-        """Of the steps from number `first` on."""
-        seconds = sum(self.seconds[first:])
-        return {"images_per_second": len(self.seconds[first:]) * self.batch_size / seconds,
-                "waiting_for_data": sum(self.waited[first:]) / seconds}
-
-    def since_logged(self) -> dict[str, float]:
-        """speed() of the steps since the last call."""
-        first, self.logged = self.logged, len(self.seconds)
-        return self.speed(first)
+        """Of the steps from number `first` on; below 0: of the last steps."""
+        seconds, waited = map(sum, zip(*self.steps[first:]))
+        return {"images_per_second": len(self.steps[first:]) * self.batch_size / seconds,
+                "waiting_for_data": waited / seconds}
 
     def summary(self) -> str:
         """A sentence about all steps but the warm-up's."""
-        if len(self.seconds) <= self.warm_up:
+        if len(self.steps) <= self.warm_up:
             return "too few steps to say how fast they are"
         rate, waiting = self.speed(self.warm_up).values()
-        each, hours = rate / self.processes, self.total / rate / 3600
+        each, hours = rate / WORLD_SIZE, self.total / rate / 3600
         dollars = ""
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
-            usd = hours * self.processes * self.usd_per_gpu_hour
+            memory = torch.cuda.max_memory_allocated()
+            usd = hours * WORLD_SIZE * self.usd_per_gpu_hour
             dollars = f", ${usd:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour"
         return (f"{rate:,.3g} images/s ({each:.3g} a process), {waiting:.0%} of the time waiting for data |"
                 f" {self.flops / 1e12:.3g} TFLOP an image, {each * self.flops / 1e12:.3g} TFLOP/s a process |"
-                f" {peak_memory(self.device):.1f} GB at the peak | the whole stage:"
+                f" {memory / 1e9:.1f} GB at the peak | the whole stage:"
                 f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'}{dollars}")

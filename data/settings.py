@@ -8,8 +8,8 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
-import textwrap
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,8 @@ Count = Annotated[int, 1, 10**9]
 NonNegative = Annotated[int, 0, 2**62]
 Pixels = Annotated[int, 1, 16384]
 Steps = Annotated[int, 1, 1000]  # of denoising
+# How texts are written: "backslashreplace" makes JSON's own escape of a name's byte that is not UTF-8
+TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def describe(kind) -> str:
@@ -50,25 +52,19 @@ def convert(text: str, kind):
 @lru_cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
-    found, above = {}, []
+    found, field = {}, r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
     for base in cls.__mro__[-2::-1]:
-        for line in inspect.getsource(base).splitlines():
-            code, _, comment = line.partition("# ")
-            name, colon, _ = code.partition(":")
-            if colon and name.strip().isidentifier() and name.startswith("    ") and name[4] != " ":
-                found[name.strip()], above = " ".join([*above, comment]).strip(), []
-            elif not code.strip():
-                above = [*above, comment] if comment else []
+        for above, name, beside in re.findall(field, inspect.getsource(base), re.MULTILINE):
+            found[name] = " ".join(f"{above} {beside}".replace("# ", "").split())
     return found
 
 
-def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dict:
-    """The values that arguments give, by field, and those of `more`, {flag: its help}. defaults: {field: its
-    default in words}, where it is not one value. Raises ValueError."""
+def parse(cls, argv, doc: str, defaults: dict | None = None) -> dict:
+    """The values that arguments give, by field. defaults: {field: its default in words}, where it is not one
+    value. Raises ValueError."""
     comments, defaults = comments_of(cls), defaults or {}
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter,
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fill = lambda text: textwrap.fill(text, 80).replace("%", "%%")
     for field in fields(cls):
         kind = field.type
         if NoneType in get_args(kind):  # int | None
@@ -76,20 +72,18 @@ def parse(cls, argv, doc: str, defaults: dict | None = None, **more: str) -> dic
         items = get_args(kind) if get_origin(kind) is tuple else (kind,)
         about = describe(items[0])
         about = about.replace("one of", "any of") if get_origin(kind) is tuple else about
-        about = "; ".join(text for text in (about, comments.get(field.name)) if text)
-        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": fill(about)}
+        about = "; ".join(text for text in (about, comments.get(field.name)) if text).replace("%", "%%")
+        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": about}
         if get_origin(kind) is tuple:
             options["nargs"] = "*" if Ellipsis in items else len(items)
         if field.default is MISSING:
             parser.add_argument(field.name, **options, **({"default": []} if Ellipsis in items else {}))
             continue
         default = defaults.get(field.name, field.default)
-        options["help"] = fill(f"{about} (default: {'none' if default in (None, '', ()) else default})")
+        options["help"] += f" (default: {'none' if default in (None, '', ()) else default})"
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
         parser.add_argument(f"--{field.name}", **options)
-    for name, text in more.items():
-        parser.add_argument(f"--{name}", help=text)
 
     def fail(message: str):
         raise ValueError(message.removeprefix("argument "))
@@ -118,8 +112,7 @@ def as_flags(values: dict) -> list[str]:
 def parse_with_file(cls, argv, doc: str, defaults: dict | None = None) -> dict:
     """The values that flags and the JSON file of --config give; flags go before the file. It is read as
     flags, too, and may have values of one stage under stage1 or stage2. Raises ValueError."""
-    about = "JSON file with settings; those of one stage under stage1 or stage2"
-    given = parse(cls, argv, doc, defaults, config=about)
+    given = parse(cls, argv, doc, defaults)
     if "config" not in given:
         return given
     path = given.pop("config")
@@ -154,18 +147,25 @@ def read_json(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
-    unfinished = path.with_name(f".{os.getpid()}.unfinished")
+def write_atomically(path: Path, write):
+    """Calls write(another path), and gives the result the name: the file at `path` is always whole. Returns
+    what write does."""
+    unfinished = path.with_name(f".{os.uname().nodename}.{os.getpid()}.unfinished")
     try:
-        write(unfinished)
+        result = write(unfinished)
         os.replace(unfinished, path)
+        return result
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def write_lines(path: Path, lines) -> None:
+    """The file, whole, with these lines."""
+    write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in lines), **TEXT))
+
+
 def write_json(path: Path, values: dict) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2, default=str) + "\n"))
+    write_lines(path, [json.dumps(values, indent=2, default=str)])
 
 
 def same_as_before(file: Path, settings: dict, hint: str) -> None:

@@ -20,7 +20,6 @@ import pickle
 import sys
 import tarfile
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +35,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
-from data.distributed import all_gather, init_process_group, on_every_rank, quiet, rank_and_world_size
+from data.distributed import RANK, WORLD_SIZE, all_gather, init_process_group, on_every_rank, quiet
 from data.distributed import run_and_exit, select_device
 from data.loader import IMAGE_ENDINGS, seeds_of
 from data.results import panel
@@ -273,10 +272,10 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
 def main(argv=None) -> None:
     quiet()
     args = read_settings(EvaluateConfig, argv, __doc__)
-    rank, world_size = rank_and_world_size()
+    rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
     if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+        init_process_group("gloo", hours=720)  # who is done waits for the others
     shards, captions, people = all_gather(on_every_rank(lambda: check(args) if rank == 0 else None))[0]
     rows = [("original", 0.0)] + [("embedding", g) for g in args.guidance_scales if args.ckpt]
     rows += [("caption", g) for g in args.guidance_scales if args.ckpt or args.draw_with]

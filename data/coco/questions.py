@@ -14,7 +14,6 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import open_zip, read_caption_lines
-from data.distributed import all_gather, exit_run, init_process_group, on_every_rank, quiet
-from data.distributed import rank_and_world_size, run_and_exit, select_device
+from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, on_every_rank
+from data.distributed import quiet, run_and_exit, select_device
 from data.results import TEXT
 from data.settings import Count, NonNegative, read_settings, same_as_before, write_json
 from vlv import load
@@ -133,10 +132,10 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
 def main(argv=None) -> None:
     quiet()
     args = read_settings(QuestionsConfig, argv, __doc__)
-    rank, world_size = rank_and_world_size()
+    rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
     if world_size > 1:
-        init_process_group("gloo", timedelta(days=30))  # who is done waits for the others
+        init_process_group("gloo", hours=720)  # who is done waits for the others
     try:
         questions, examples = all_gather(on_every_rank(lambda: choose(args) if rank == 0 else None))[0]
     except KeyError as error:
