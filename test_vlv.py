@@ -477,7 +477,7 @@ def test_a_checkpoint_knows_its_decoders_family_and_draws_with_the_other_when_as
     shutil.copytree(tiny / family, tmp_path / "odd")
     index = json.loads((tmp_path / "odd/model_index.json").read_text()) | {"_class_name": "FluxPipeline"}
     (tmp_path / "odd/model_index.json").write_text(json.dumps(index))
-    with pytest.raises(OSError, match="names none of StableDiffusionPipeline.*FluxPipeline"):
+    with pytest.raises(ValueError, match="is a FluxPipeline, and not one of StableDiffusionPipeline"):
         tiny_model(tiny, diffusion_model=str(tmp_path / "odd"))
 
 
@@ -600,6 +600,13 @@ def test_padding_does_not_change_the_caption_loss(tiny, llm):
     together = head.loss(prompt_embeds, CAPTIONS)
     alone = torch.stack([head.loss(c[None], [caption]) for c, caption in zip(prompt_embeds, CAPTIONS)])
     torch.testing.assert_close(together, alone.mean(), rtol=1e-5, atol=1e-6)
+    losses = []
+    for c, caption in zip(prompt_embeds, CAPTIONS):  # by hand: token after token
+        ids = head.tokenizer(caption).input_ids + [head.tokenizer.eos_token_id]
+        embeds = [*head.mlp(c), *head.llm.get_input_embeddings()(torch.tensor(ids))]
+        steps = [head.llm(inputs_embeds=torch.stack(embeds[: 6 + i])[None]).logits[0, -1] for i in range(len(ids))]
+        losses.append(-torch.stack([step.log_softmax(0)[token] for step, token in zip(steps, ids)]).mean())
+    torch.testing.assert_close(together, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gpt2"])
