@@ -40,8 +40,8 @@ class SampleConfig:
     split: NonNegative | None = None  # queries from mix's first image, the rest from the second; None: half
     ckpt: str | None = None  # folder, or hub id that was downloaded; None: the newest in out/, else the toy
     out: Path = Path("samples")
-    # Another text-to-image model than the checkpoint's. SDXL and SD 3 read the same CLIPs, so that one may
-    # draw what was learned with the other; nobody has shown that it can.
+    # Another text-to-image model than the checkpoint's, with its CLIPs, so captions may change. SDXL and SD 3
+    # name the same CLIPs: one may draw what was learned with the other, but nobody has shown that it can.
     draw_with: str = ""
     captions_only: bool = False  # no pictures, so neither UNet nor VAE is needed
     overwrite: bool = False  # do again what was done before, of the same file and with the same settings
@@ -74,6 +74,8 @@ def choose_checkpoint(args: SampleConfig) -> Path:
         raise ValueError("--mix names its two images itself, and draws: leave images and --captions_only out")
     if (args.num_captions > 1 or args.top_p < 1) and not args.temperature:
         raise ValueError("--num_captions and --top_p are for sampled captions: add --temperature 1")
+    if args.draw_with and args.captions_only:
+        raise ValueError("--draw_with draws: leave --captions_only out")
     if args.beside and (args.mix or config.stage == 1):
         raise ValueError("--beside writes captions of images: it needs stage 2, and no --mix")
     if args.split is not None and not args.mix:

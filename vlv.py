@@ -88,7 +88,7 @@ class VLVConfig:
     max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
     # How captions end: with a learned token, or (the authors' weights) cut after the last full stop.
     caption_end: Literal["token", "full stop"] = "token"
-    # Of the text-to-image model that it was trained with, which notes it. any: another may take its place
+    # The kind of diffusion_model, noted in a checkpoint; another kind is refused. any: takes it nevertheless
     family: Literal["any", "sd", "sdxl", "sd3"] = "any"
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs images, 2 also captions them
     # The parts that each stage trains. Where stage 2 trains bart, the denoising loss stays on: without it the
@@ -205,13 +205,14 @@ class Noise(NamedTuple):
 
     posterior: torch.Tensor  # (B, C, h, w), N(0, 1): draws the latents from the VAE's posterior
     epsilon: torch.Tensor  # (B, C, h, w), N(0, 1): ε
-    timesteps: torch.Tensor  # (B,) int64, uniform in [0, num_timesteps); see also draw_noise
+    timesteps: torch.Tensor  # (B,) int64 in [0, num_timesteps), uniform; in rectified flow see draw_noise
 
 
 def draw_noise(seeds: list[int | None], latent_shape: tuple[int, int, int], num_timesteps: int,
                logit_normal=False) -> Noise:
     """The noise of each image, drawn on the CPU from its own seed (None: from torch's generator): so it is
-    the same on every device and in every batch. logit_normal: how rectified flow draws the timesteps."""
+    the same on every device and in every batch. logit_normal: the timesteps of rectified flow, as indices
+    into the scheduler's table, where 0 is the most noise."""
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
     normal = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators])
     if logit_normal:  # Esser et al. 2024, section 3.1
@@ -237,7 +238,7 @@ class DiffusionDecoder(nn.Module):
         super().__init__()
         self.pipeline, self.image_size, self.latent_shape = pipeline, config.image_size, None
         self.text_encoder, self.vae = pipeline.text_encoder, pipeline.vae
-        self.unet = pipeline.components.get("unet") or pipeline.components.get("transformer")
+        self.unet = pipeline.components.get("unet") or pipeline.components.get("transformer")  # of SD 3
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
         self.num_timesteps = self.noise_schedule.config.num_train_timesteps
         self.prediction_type = self.noise_schedule.config.prediction_type
@@ -256,7 +257,7 @@ class DiffusionDecoder(nn.Module):
             self.latent_shape = (self.vae.config.latent_channels, side, side)
             if isinstance(made_for, int) and side < made_for / 2:
                 say_once(f"note: image_size is {self.image_size}, but {config.diffusion_model} was made for"
-                         f" {made_for * scale} pixels, and may draw badly below half of that")
+                         f" {made_for * scale}; below half of that it may draw badly")
         self.draw_noise = partial(draw_noise, latent_shape=self.latent_shape,
                                   num_timesteps=self.num_timesteps)  # seeds -> Noise
 
@@ -278,7 +279,8 @@ class DiffusionDecoder(nn.Module):
             return self.vae.encode(images.to(self.vae.dtype) / 127.5 - 1).latent_dist.parameters
 
     def denoising_loss(self, images, prompt_embeds, noise: Noise | None = None, moments=None) -> torch.Tensor:
-        """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch.
+        """‖ε̂(z_t, t, c) − ε‖², DDPM's simple loss (Ho et al. 2020, equation 14), the mean over the batch; of
+        other models the same with what they predict in the place of ε (see add_noise).
 
         images: (B, 3, S, S) uint8. prompt_embeds: c, (B, N, D). noise: see draw_noise; None: from torch's
         generator. moments: encode_image(images), if it was computed ahead. Returns a float32 scalar.
@@ -552,6 +554,7 @@ class VLV(nn.Module):
                     raise ValueError(f"{prefix}{name} is missing")
 
         decoder = load_decoder(config, dtype, with_unet)
+        config.family = FAMILIES[type(decoder.pipeline).__name__]
         fill(decoder, "decoder.")
         florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype)
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
@@ -631,37 +634,39 @@ class VLV(nn.Module):
 
 
 class TwoClipDecoder(DiffusionDecoder):
-    """Stable Diffusion XL; or 3 and 3.5, which learned rectified flow (Esser et al. 2024). Each reads two
-    CLIPs, so ẑ and c are (B, N, D1 + D2). T5, which SD 3 can do without, is left out."""
+    """Beyond the paper: Stable Diffusion XL; or 3 and 3.5, which learned rectified flow (Esser et al. 2024).
+    Each reads two CLIPs, so ẑ and c are (B, N, D1 + D2). T5, which SD 3 can do without, is left out."""
 
     def __init__(self, config: VLVConfig, pipeline: StableDiffusionXLPipeline | StableDiffusion3Pipeline):
         super().__init__(config, pipeline)
-        self.text_encoder_2, self.is_flow = pipeline.text_encoder_2, config.family == "sd3"
-        self.widths = [clip.config.hidden_size for clip in (self.text_encoder, self.text_encoder_2)]
-        self.embed_dim, self.of_text = sum(self.widths), {}
+        self.is_flow, self.of_text = isinstance(pipeline, StableDiffusion3Pipeline), {}
+        self.text_encoder_2, clips = pipeline.text_encoder_2, [pipeline.text_encoder, pipeline.text_encoder_2]
+        self.nets = [getattr(clip, "text_model", clip) for clip in clips]  # without a projection
+        self.widths = [clip.config.hidden_size for clip in clips]
+        self.embed_dim = sum(self.widths)
         if self.is_flow:
+            self.prediction_type = "velocity"
             self.noise_schedule = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
             self.draw_noise = partial(self.draw_noise, logit_normal=True)
             self.of_text = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 0}  # no T5, no zeros
 
-    def parts_of(self, vectors: torch.Tensor) -> list[tuple]:
-        """(CLIP, its transformer, its part of (B, N, D1 + D2) vectors) for both."""
-        clips = (self.text_encoder, self.text_encoder_2)
-        return [(clip, getattr(clip, "text_model", clip), part.to(clip.dtype))
-                for clip, part in zip(clips, vectors.split(self.widths, -1))]
+    def split(self, vectors: torch.Tensor) -> list[torch.Tensor]:
+        """(B, N, D1 + D2) -> the part of each CLIP."""
+        return [part.to(net.dtype) for net, part in zip(self.nets, vectors.split(self.widths, -1))]
 
     def encode_text(self, token_embeds: torch.Tensor) -> torch.Tensor:
         """ẑ, (B, N, D1 + D2) -> c, of the same shape: what each CLIP has before its last layer."""
         with without_autocast(token_embeds):
             return torch.cat([run_layers(net, net.embeddings(inputs_embeds=part), net.encoder.layers[:-1])
-                              for _, net, part in self.parts_of(token_embeds)], -1)
+                              for net, part in zip(self.nets, self.split(token_embeds))], -1)
 
     def condition(self, prompt_embeds: torch.Tensor) -> dict:
         """What the denoiser reads: c, in SD 3 with zeros up to T5's width; and, pooled, the last position,
         which has seen all others, after the last layer of each CLIP with a projection (SDXL: the second)."""
         pooled = []
         with without_autocast(prompt_embeds):
-            for clip, net, part in self.parts_of(prompt_embeds):
+            clips = zip((self.text_encoder, self.text_encoder_2), self.nets, self.split(prompt_embeds))
+            for clip, net, part in clips:
                 if hasattr(clip, "text_projection"):
                     last = run_layers(net, part, net.encoder.layers[-1:])[:, -1]
                     pooled.append(clip.text_projection(net.final_layer_norm(last)))
@@ -672,35 +677,33 @@ class TwoClipDecoder(DiffusionDecoder):
     def add_noise(self, latents: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_flow:
             return super().add_noise(latents, noise)
-        sigmas = self.noise_schedule.sigmas.to(latents.device)[noise.timesteps].view(-1, 1, 1, 1)
+        sigmas = self.noise_schedule.sigmas.to(latents.device, non_blocking=True)[noise.timesteps]
+        sigmas = sigmas.view(-1, 1, 1, 1)
         return (1 - sigmas) * latents + sigmas * noise.epsilon, noise.epsilon - latents  # and its velocity
 
     def predict(self, noisy, timesteps, prompt_embeds) -> torch.Tensor:
-        c, pooled = self.condition(prompt_embeds).values()
+        given = self.condition(prompt_embeds)
+        c, pooled = given["prompt_embeds"], given["pooled_prompt_embeds"]
         if self.is_flow:
-            timesteps = self.noise_schedule.timesteps.to(noisy.device)[timesteps]
-            return self.unet(noisy, c, pooled, timesteps).sample
+            times = self.noise_schedule.timesteps.to(c.device, non_blocking=True)[timesteps]
+            return self.unet(noisy, c, pooled, times).sample
         side = self.image_size
         sizes = torch.tensor([side, side, 0, 0, side, side])  # the original, the crop's corner, the result
-        added = {"text_embeds": pooled, "time_ids": sizes.to(c).expand(len(c), -1)}
+        added = {"text_embeds": pooled, "time_ids": sizes.to(c, non_blocking=True).expand(len(c), -1)}
         return self.unet(noisy, timesteps, encoder_hidden_states=c, added_cond_kwargs=added).sample
 
     def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
-        return self.pipeline.encode_prompt(texts, **self.of_text)[0][..., : self.embed_dim]
+        """See DiffusionDecoder. Of a text the pipeline pools the end token, and `condition` the padding."""
+        c = self.pipeline.encode_prompt(texts, do_classifier_free_guidance=False, **self.of_text)[0]
+        return c[..., : self.embed_dim]
 
     def pipeline_inputs(self, prompt: torch.Tensor | list[str]) -> dict:
         if not isinstance(prompt, torch.Tensor):
             return {"prompt": prompt} | self.of_text
-        _, empty, _, pooled = self.pipeline.encode_prompt([""] * len(prompt), **self.of_text)
-        return self.condition(prompt) | {"negative_prompt_embeds": empty[:, : prompt.shape[1]],
-                                         "negative_pooled_prompt_embeds": pooled}
-
-
-FAMILIES = {  # class in model_index.json -> family, class, what it is loaded with
-    "StableDiffusionPipeline": ("sd", StableDiffusionPipeline, {"requires_safety_checker": False}),
-    "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXLPipeline, {"add_watermarker": False}),
-    "StableDiffusion3Pipeline": ("sd3", StableDiffusion3Pipeline, {}),
-}
+        _, empty, _, pooled = self.pipeline.encode_prompt("", **self.of_text)
+        empty = empty[:, : prompt.shape[1]].expand(len(prompt), -1, -1)
+        return self.condition(prompt) | {"negative_prompt_embeds": empty,
+                                         "negative_pooled_prompt_embeds": pooled.expand(len(prompt), -1)}
 
 
 def is_one(pictures) -> bool:
@@ -852,26 +855,34 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
         raise OSError(f"cannot load {name!r} (--{setting}) from {place}: {reason}") from error
 
 
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl",
+            "StableDiffusion3Pipeline": "sd3"}
+
+
 def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool) -> DiffusionDecoder:
-    """The text-to-image model; without its denoiser and VAE if only the text encoders are needed. Sets the
-    configuration's family. Raises OSError, and ValueError if the family is not the configuration's."""
+    """The text-to-image model; without its denoiser and VAE if only the text encoders are needed. Raises
+    OSError, and ValueError for one of another family than the configuration's, or of none of ours."""
     name, setting, random_init = config.diffusion_model, "diffusion_model", config.random_init
     index = load(DiffusionPipeline, name, setting, random_init)
-    if index.get("_class_name") not in FAMILIES:
-        raise ValueError(f"{name} is a {index.get('_class_name')}, and not one of {', '.join(FAMILIES)}")
-    family, cls, kwargs = FAMILIES[index["_class_name"]]
+    pipeline_cls = str(index.get("_class_name"))
+    family = FAMILIES.get(pipeline_cls)
+    if family is None:
+        raise ValueError(f"{name} is a {pipeline_cls}, and not one of {', '.join(FAMILIES)}")
     if config.family not in ("any", family):
         raise ValueError(f"it was trained with a decoder of the family {config.family}, but {name} is"
                          f" {family}: to try it nevertheless, set family to any")
-    config.family = family
     left_out = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
     left_out += () if with_unet else ("vae", "unet", "transformer")
-    kwargs = kwargs | {part: None for part in left_out if part in index}
+    kwargs = {part: None for part in left_out if part in index}
+    kwargs |= {"sd": {"requires_safety_checker": False}, "sdxl": {"add_watermarker": False}}.get(family, {})
     for part in (*DECODER_PARTS, "transformer") if random_init else ():
         if part in index.keys() - kwargs.keys():
             part_cls = getattr(sys.modules[index[part][0]], index[part][1])
             kwargs[part] = load(part_cls, name, setting, True, dtype, subfolder=part)
+    cls = getattr(sys.modules["diffusers"], pipeline_cls)
     pipeline = load(cls, name, setting, random_init, dtype, low_cpu_mem_usage=False, **kwargs)
+    if family != "sd3" and "beta_start" not in pipeline.scheduler.config:
+        raise ValueError(f"{name} has noise of a kind that is not known here: {type(pipeline.scheduler)}")
     pipeline.set_progress_bar_config(disable=True)
     return (DiffusionDecoder if family == "sd" else TwoClipDecoder)(config, pipeline)
 
@@ -931,7 +942,8 @@ def sync(path: Path) -> None:
 
 @lru_cache
 def say_once(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun
+        print(sentence, file=sys.stderr)
 
 
 def write_weights(file: Path, tensors: dict[str, torch.Tensor], config: VLVConfig) -> None:

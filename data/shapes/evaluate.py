@@ -213,6 +213,8 @@ def main(argv=None):
     originals = images_of(truths)
     rows = {row: [] for row in args.rows if row != "generated caption" or captioner}
     captions, ended, losses = [], [], {"empty prompt": 0.0, "true caption": 0.0, "embedding": 0.0}
+    if model.config.family != "sd":  # of texts it needs what the pipeline pools of them
+        losses = {"embedding": 0.0}
     prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])
 
     steps, scale = args.num_inference_steps, args.guidance_scale
@@ -234,10 +236,10 @@ def main(argv=None):
         redraw("true caption", true_captions)
         redraw("true caption with map", [*map(describe_precisely, truths[here])])
         noise = decoder.draw_noise(range(at, at + len(images)))
-        for name, prompt in [("empty prompt", [""] * len(images)), ("true caption", true_captions)]:
-            loss = decoder.denoising_loss(images, decoder.encode_prompt(prompt), noise)
-            losses[name] += loss.item() * len(images)
-        losses["embedding"] += decoder.denoising_loss(images, embeds, noise).item() * len(images)
+        texts = {"empty prompt": [""] * len(images), "true caption": true_captions}
+        for name in losses:
+            c = decoder.encode_prompt(texts[name]) if name in texts else embeds
+            losses[name] += decoder.denoising_loss(images, c, noise).item() * len(images)
         if captioner is not None:
             pairs = captioner.generate(embeds, args.num_beams, with_ends=True)
             captions += [caption for caption, _ in pairs]
