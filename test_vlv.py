@@ -2920,6 +2920,8 @@ AUTHORS = "--stage 1 --micro_batch_size 32 --precision fp32 --no-channels_last -
         "--stage 2 --encoder_image_size 384",
         *(f"--stage 1 --micro_batch_size 16 --diffusion_model stabilityai/stable-diffusion-{name}" for name in [
             "xl-base-1.0 --image_size 512", "3.5-medium", "3.5-medium --image_size 512"]),
+        *(f"--stage 2 --gradient_checkpointing unet bart llm --image_size 512 --diffusion_model stabilityai/stable-diffusion-{name}"
+          for name in ["xl-base-1.0", "3.5-medium"]),
     ]),
 ])
 def test_what_the_readme_advises_fits_the_gpu(gigabytes, processes, arguments):
