@@ -44,6 +44,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoTokenizer, Florence2Model
@@ -2872,6 +2873,13 @@ class LiveBytes(TorchDispatchMode):
     def gone(self, key, size):
         self.alive.discard(key)
         self.now -= size
+
+
+# torch counts attention on a GPU alone; with these the counts here are those of a GPU
+flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(
+    lambda q, k, v, *args, out_shape=None, **kwargs: flop_counter.sdpa_flop_count(q, k, v))
+flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+    lambda grad, q, k, v, *args, out_shape=None, **kwargs: flop_counter.sdpa_backward_flop_count(grad, q, k, v))
 
 
 def count(arguments: list[str], processes: int) -> tuple[float, float]:
