@@ -1,5 +1,6 @@
 """
-Makes the shapes world's "pretrained" models from scratch; what it made is committed, so nobody has to run it.
+Makes the shapes world's "pretrained" models from scratch. What it made is committed, but for models/sd3, so
+nobody has to run it.
 
     python data/shapes/pretrain.py           # three hours on two cores
 
