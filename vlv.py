@@ -693,7 +693,8 @@ class TwoClipDecoder(DiffusionDecoder):
         return self.unet(noisy, timesteps, encoder_hidden_states=c, added_cond_kwargs=added).sample
 
     def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
-        """See DiffusionDecoder. Of a text the pipeline pools the end token, and `condition` the padding."""
+        """See DiffusionDecoder. Of a text the pipeline pools the end token, and `condition` the padding. SD 3
+        must have its denoiser."""
         c = self.pipeline.encode_prompt(texts, do_classifier_free_guidance=False, **self.of_text)[0]
         return c[..., : self.embed_dim]
 
