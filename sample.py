@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from data.distributed import run_and_exit, select_device
+from data.distributed import WORLD_SIZE, run_and_exit, select_device
 from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
@@ -128,7 +128,7 @@ def say(record: dict) -> None:
 def main(argv=None) -> int:
     args = read_settings(SampleConfig, argv, __doc__)
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if WORLD_SIZE > 1:
             raise ValueError("one process does this; data/caption.py captions data sets with several")
         checkpoint, device = choose_checkpoint(args), select_device(args.device)
         results = Results(args.out)

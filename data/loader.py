@@ -268,13 +268,17 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
     """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    files = {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
-    sizes = {path: path.stat().st_size for path in a.files if path.suffix.lower() == ".tar"}
+    files, shards_of_size = {}, {}
+    for path in a.files:
+        state = path.stat()
+        files[state.st_dev, state.st_ino] = path
+        if path.suffix.lower() == ".tar":
+            shards_of_size.setdefault(state.st_size, []).append(path)
     for path in b.files:
         state = path.stat()
-        copies = [other for other, size in sizes.items()
-                  if size == state.st_size and filecmp.cmp(other, path, shallow=False)]
-        same = files.get((state.st_dev, state.st_ino)) or next(iter(copies), None)
+        same = files.get((state.st_dev, state.st_ino))
+        others = shards_of_size.get(state.st_size, [])
+        same = same or next((other for other in others if filecmp.cmp(other, path, shallow=False)), None)
         if same:
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.run import lock
+from data.run import append, lock
 from data.settings import TEXT, printable, write_atomically, write_lines
 
 
@@ -120,8 +120,7 @@ class Results:
             (self.folder / name).unlink(missing_ok=True)
             name = None
         record = self.records[image] = {"image": image, "caption": caption, "picture": name} | more
-        with open(self.path, "a", **TEXT) as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append(self.path, json.dumps(record, ensure_ascii=False))
         return record
 
     def finish(self) -> None:

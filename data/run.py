@@ -76,7 +76,8 @@ def open_run(run_dir: Path | None, init_from: str, resume: bool, stage1: Path | 
     locked = on_every_rank(lambda: lock(run_dir) if is_writer else None)
     owner = ""
     if is_writer:
-        (run_dir / "stopped.txt").unlink(missing_ok=True)  # a new start removes the reason
+        with suppress(OSError):
+            (run_dir / "stopped.txt").unlink()  # a new start removes the reason
         shutil.rmtree(run_dir / "saving", ignore_errors=True)  # of a process that was killed
         locked.seek(0)
         owner = locked.read()  # opening the file again, and closing it, would give the lock up
@@ -196,7 +197,7 @@ class Log:
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
         self.run_dir, self.is_writer, self.board = run_dir, RANK == 0, None
         path, records = run_dir and run_dir / "log.jsonl", []
-        for line in path.open() if run_dir and path.exists() else []:
+        for line in path.open() if run_dir and self.is_writer and path.exists() else []:
             with suppress(ValueError):  # an incomplete line, which a full disk leaves
                 records.append(json.loads(line))
         self.records = all_gather([record for record in records if record["step"] <= start])[0]

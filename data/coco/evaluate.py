@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import read_caption_lines
-from data.distributed import RANK, WORLD_SIZE, all_gather, init_process_group, on_every_rank, quiet
+from data.distributed import RANK, WORLD_SIZE, all_gather, init_process_group, on_every_rank
 from data.distributed import run_and_exit, select_device
 from data.loader import IMAGE_ENDINGS, seeds_of
 from data.results import panel
@@ -270,13 +270,10 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
 
 
 def main(argv=None) -> None:
-    quiet()
     args = read_settings(EvaluateConfig, argv, __doc__)
-    rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
-    if world_size > 1:
-        init_process_group("gloo", hours=720)  # who is done waits for the others
-    shards, captions, people = all_gather(on_every_rank(lambda: check(args) if rank == 0 else None))[0]
+    init_process_group("gloo", hours=720)  # who is done waits for the others
+    shards, captions, people = all_gather(on_every_rank(lambda: check(args) if RANK == 0 else None))[0]
     rows = [("original", 0.0)] + [("embedding", g) for g in args.guidance_scales if args.ckpt]
     rows += [("caption", g) for g in args.guidance_scales if args.ckpt or args.draw_with]
     work = [(row, number) for row in rows for number in range(len(shards))]
@@ -284,7 +281,7 @@ def main(argv=None) -> None:
     networks = Networks(args, device)
 
     def do_my_share():
-        bar = tqdm(todo[rank::world_size], unit=" shards", disable=rank > 0, smoothing=0.02)
+        bar = tqdm(todo[RANK::WORLD_SIZE], unit=" shards", disable=RANK > 0, smoothing=0.02)
         for row, number in bar:
             bar.set_description(f"{row[0]} {row[1]:g}")
             part = measure(networks, shards[number], number, row, captions)
@@ -293,7 +290,7 @@ def main(argv=None) -> None:
             write_atomically(path, lambda file: save_file(part, file))
 
     on_every_rank(do_my_share)
-    if rank == 0:
+    if RANK == 0:
         summarize(args, rows, shards, captions, people)
 
 

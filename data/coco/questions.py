@@ -24,9 +24,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import open_zip, read_caption_lines
 from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, on_every_rank
-from data.distributed import quiet, run_and_exit, select_device
-from data.results import TEXT
-from data.settings import Count, NonNegative, read_settings, same_as_before, write_json
+from data.distributed import run_and_exit, select_device
+from data.settings import TEXT, Count, NonNegative, read_settings, same_as_before, write_json
 from vlv import load
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -105,7 +104,7 @@ def read_answers(folder: Path) -> dict[int, str]:
 
 
 @torch.inference_mode()
-def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device, rank: int) -> None:
+def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device) -> None:
     """Writes a line {"id", "answer"} for each question into this process's file."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load(AutoModelForCausalLM, args.llm, "llm", False, dtype).to(device).eval()
@@ -113,11 +112,11 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     beginning = "".join(ask(example, f" {example['answer']}\n\n") for example in examples)
-    path = args.out / f"answers-{rank}.jsonl"
+    path = args.out / f"answers-{RANK}.jsonl"
     before = path.read_bytes() if path.exists() else b""
     path.write_bytes(before[: before.rfind(b"\n") + 1])  # without half a line of a killed process
     with open(path, "a", **TEXT) as file:
-        for at in tqdm(range(0, len(questions), args.batch_size), unit=" batches", disable=rank > 0):
+        for at in tqdm(range(0, len(questions), args.batch_size), unit=" batches", disable=RANK > 0):
             batch = questions[at : at + args.batch_size]
             texts = [beginning + ask(question) for question in batch]
             tokens = tokenizer(texts, return_tensors="pt", padding=True).to(device)
@@ -130,20 +129,17 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
 
 
 def main(argv=None) -> None:
-    quiet()
     args = read_settings(QuestionsConfig, argv, __doc__)
-    rank, world_size = RANK, WORLD_SIZE
     device = on_every_rank(lambda: select_device("auto"))
-    if world_size > 1:
-        init_process_group("gloo", hours=720)  # who is done waits for the others
+    init_process_group("gloo", hours=720)  # who is done waits for the others
     try:
-        questions, examples = all_gather(on_every_rank(lambda: choose(args) if rank == 0 else None))[0]
+        questions, examples = all_gather(on_every_rank(lambda: choose(args) if RANK == 0 else None))[0]
     except KeyError as error:
         exit_run(f"error: {args.questions} and {args.answers} are not as VQAv2's are: {error!r}")
     done = all_gather(read_answers(args.out))[0]
-    todo = [question for question in questions if question["id"] not in done][rank::world_size]
-    on_every_rank(lambda: answer_all(args, todo, examples, device, rank))
-    if rank > 0:
+    todo = [question for question in questions if question["id"] not in done][RANK::WORLD_SIZE]
+    on_every_rank(lambda: answer_all(args, todo, examples, device))
+    if RANK > 0:
         return
     answers, scores = read_answers(args.out), defaultdict(list)
     for question in questions:

@@ -173,12 +173,12 @@ def train_sd3(sd_path, images, texts, precise_texts, steps):
         latents = mean[indices] + std[indices] * torch.randn_like(mean[indices])
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         noise, prompts = torch.randn_like(latents), choose_prompts(ids, indices)
-        steps = (1000 * torch.randn(len(indices)).sigmoid()).long()  # logit-normal (Esser et al. 2024, 3.1)
-        sigmas = scheduler.sigmas[steps].view(-1, 1, 1, 1)
+        times = (1000 * torch.randn(len(indices)).sigmoid()).long()  # logit-normal (Esser et al. 2024, 3.1)
+        sigmas = scheduler.sigmas[times].view(-1, 1, 1, 1)
         outputs = [clip(prompts, output_hidden_states=True) for clip in clips]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         pooled = torch.cat([output.text_embeds for output in outputs], -1)
-        noisy, timesteps = (1 - sigmas) * latents + sigmas * noise, scheduler.timesteps[steps]
+        noisy, timesteps = (1 - sigmas) * latents + sigmas * noise, scheduler.timesteps[times]
         velocity = transformer(noisy, hidden, pooled, timesteps).sample
         return F.mse_loss(velocity, noise - latents)
 
