@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, exit_reasons, exit_run
+from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, can_compile, exit_reasons, exit_run
 from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
 from data.distributed import run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
@@ -65,8 +65,7 @@ class TrainConfig(VLVConfig):
     grad_clip: Annotated[float, 1e-9, 1e9] = 1.0  # of the gradient's norm
     # bf16: autocast over float32 weights; frozen ones are stored in bf16. auto: bf16 where a GPU has it
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: bool = True  # the memory layout in which convolutions are faster
-    compile: bool = False  # torch.compile of the frozen nets: minutes at the start
+    compile: bool | None = None  # torch.compile, a minute or two at the start; None: on GPUs where it works
     gradient_checkpointing: tuple[Literal["unet", "bart", "llm"], ...] = ()  # less memory, but slower
     latents: bool = False  # read the VAE's moments, computed ahead by data/latents.py
     num_workers: Annotated[int, 0, 256] = 4  # processes a rank that decode images; 0: none, for tiny images
@@ -130,13 +129,8 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
                                 **fields)
     parts = model.parts()
-    if config.channels_last and has_unet:
-        parts["vae"].to(memory_format=torch.channels_last)
-        parts["unet"].to(memory_format=torch.channels_last)
-    if config.compile:
-        compiled = [parts["davit"]["tower"], parts["davit"]["projector"]]
-        for net in compiled + ([parts["vae"].encoder, parts["unet"]] if has_unet else []):
-            net.compile()
+    if config.compile or (config.compile is None and device.type == "cuda" and can_compile(device)):
+        model.compile()
     if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
     if "bart" in config.gradient_checkpointing:
@@ -203,7 +197,7 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, make_batch) 
 def evaluate(model: VLV, val_dataset, config: TrainConfig, make_batch, autocast, log: Log, step: int) -> None:
     """Logs the loss on the validation images, and the first of them redrawn and captioned."""
     model.eval()
-    with autocast():
+    with autocast(), torch.compiler.set_stance("force_eager"):  # other sizes would be compiled anew
         losses = validation_losses(model, val_dataset, config, make_batch)
         if RANK == 0 and config.eval_pictures:
             items = [val_dataset[i] for i in range(min(config.eval_pictures, len(val_dataset)))]

@@ -41,8 +41,10 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForCausalLM
-from transformers import AutoTokenizer, CLIPTextModel, Florence2Model, GenerationConfig
+from transformers import AutoTokenizer, CLIPTextModel, Florence2Model, GenerationConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 verbosity = transformers.logging.get_verbosity()
 transformers.logging.set_verbosity_error()  # the next import warns of torchvision, which nothing here needs
@@ -347,6 +349,7 @@ class CaptionHead(nn.Module):
         super().__init__()
         self.llm, self.tokenizer = llm, tokenizer
         self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
+        llm.generation_config = GenerationConfig()  # a chat's, such as its repetition penalty, are not ours
         self.mlp = two_layers(embed_dim, llm.get_input_embeddings().embedding_dim)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token to end captions with")
@@ -387,13 +390,46 @@ class CaptionHead(nn.Module):
         how = dict(num_beams=num_beams, early_stopping=cut and num_beams > 1, do_sample=False)
         if temperature > 0:
             how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-        how |= dict(max_new_tokens=max_new_tokens or self.max_tokens)
-        settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, **how)
-        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-        ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
+        limit, is_greedy = max_new_tokens or self.max_tokens, num_beams == 1 and temperature == 0
+        with torch.compiler.set_stance("force_eager"):  # layers that VLV.compile has compiled, for training
+            if is_greedy and prefix.is_cuda and self.can_replay():
+                ids = self.greedy_search(prefix, limit)
+            else:
+                settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=limit, **how)
+                mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+                ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask, generation_config=settings)
         captions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         captions = [cut_caption(caption) if cut else caption.strip() for caption in captions]
         return list(zip(captions, (ids == eos).any(1).tolist())) if with_ends else captions
+
+    def can_replay(self) -> bool:
+        """Whether all that changes from token to token is in tensors. A sliding window's length is not."""
+        layers = StaticCache(self.llm.config, max_cache_len=1).layers
+        return self.llm._can_compile_fullgraph and all(type(layer) is StaticLayer for layer in layers)
+
+    @torch.no_grad()
+    def greedy_search(self, prefix: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """The token ids, (B, T), that self.llm.generate finds after prefix, (B, N, width). There each token waits
+        for Python, for one image as long as for 256; here a GPU records a step as a CUDA graph, and replays it."""
+        eos, graph = self.tokenizer.eos_token_id, None
+        cache = StaticCache(self.llm.config, max_cache_len=prefix.shape[1] + max_new_tokens)
+        output = self.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1)
+        token = output.logits.argmax(-1)  # (B, 1)
+        ids = [token.clone()]
+
+        def step():
+            following = self.llm(input_ids=token, past_key_values=cache).logits.argmax(-1)
+            token.copy_(following.masked_fill(token == eos, eos))  # what has ended stays so
+
+        # whether all have ended is asked now and then, as the answer is waited for
+        while len(ids) < max_new_tokens and not (len(ids) % 16 == 0 and (token == eos).all()):
+            if prefix.is_cuda and len(ids) == 4:  # after three steps that have set up what is to be recorded
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records, and runs nothing
+                    step()
+            graph.replay() if graph else step()
+            ids.append(token.clone())
+        return torch.cat(ids, 1)
 
 
 def cut_caption(caption: str) -> str:
@@ -429,6 +465,18 @@ class VLV(nn.Module):
         for part in self.parts().values():
             part.train(mode and is_trained(part))
         return self
+
+    def compile(self, **kwargs) -> None:
+        """torch.compile, part by part: nets as a whole; of layers that repeat, each, which starts sooner. The
+        convolutions' weights get the layout that compiled code likes. kwargs: of torch.compile."""
+        parts = self.parts()
+        convolutional = [parts["vae"].encoder, parts["unet"]] if "unet" in parts else []
+        for net in convolutional:
+            net.to(memory_format=torch.channels_last)
+        layers = [layer for name in ("bart", "text_encoder", "text_encoder_2", "llm") if name in parts
+                  for layer in parts[name].modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for net in [*parts["davit"].values(), *convolutional, *layers]:
+            net.compile(**kwargs)
 
     @property
     def learned(self) -> list[str]:
@@ -553,13 +601,14 @@ class VLV(nn.Module):
                 if (prefix + name).startswith(needed):
                     raise ValueError(f"{prefix}{name} is missing")
 
-        decoder = load_decoder(config, dtype, with_unet)
+        decoder = load_decoder(config, dtype, with_unet, device)
         config.family = FAMILIES[type(decoder.pipeline).__name__]
         fill(decoder, "decoder.")
-        florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype)
+        florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype, device)
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
         image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
-        encoder = Encoder(config, florence, torch.tensor([prompt_ids]), image_processor, decoder.embed_dim)
+        prompt_ids = torch.tensor([prompt_ids], device=florence.device)
+        encoder = Encoder(config, florence, prompt_ids, image_processor, decoder.embed_dim)
         for part in ENCODER_PARTS:
             getattr(encoder, part).to(learned_dtype)
         encoder.davit.to(dtype)
@@ -567,8 +616,8 @@ class VLV(nn.Module):
         caption_head = None
         if config.stage == 2:
             llm_dtype = learned_dtype if "llm" in loaded.union(config.trains) else dtype
-            caption_head = CaptionHead(config, *load_llm(config, weights, llm_folder, llm_dtype),
-                                       decoder.embed_dim)
+            llm, tokenizer = load_llm(config, weights, llm_folder, llm_dtype, device)
+            caption_head = CaptionHead(config, llm, tokenizer, decoder.embed_dim)
             caption_head.mlp.to(learned_dtype)
             fill(caption_head, "caption_head.")
         model = cls(config, encoder, decoder, caption_head)
@@ -823,10 +872,11 @@ def select_dtype(precision: str, device: torch.device, checkpoint: Path | None =
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, **kwargs):
+def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | None = None, device=None,
+         **kwargs):
     """cls.from_pretrained of a folder, or of a hub id that was downloaded; of DiffusionPipeline itself what
-    model_index.json says. random_init: random weights for the configuration there, or in data/configs. dtype:
-    None for what has no weights. Raises OSError."""
+    model_index.json says. random_init: random weights for the configuration there, or in data/configs, drawn
+    on the device, as a GPU draws billions in no time. dtype: None for what has none. Raises OSError."""
     places = [Path(name), HERE / name] + [HERE / "data" / "configs" / Path(name).name] * random_init
     place = next((path for path in places if path.is_dir()), None) or find_download(name)
     if place is None:
@@ -847,10 +897,11 @@ def load(cls, name: str, setting: str, random_init: bool, dtype: torch.dtype | N
             if report["missing_keys"]:  # transformers would make them up
                 raise OSError(f"it has no weight {min(report['missing_keys'])}")
             return model
-        if issubclass(cls, ModelMixin):  # of diffusers
-            return cls.from_config(cls.load_config(place, **kwargs)).to(dtype)
-        config = getattr(cls, "config_class", AutoConfig).from_pretrained(place, **kwargs)
-        return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
+        with torch.device(device or "cpu"):
+            if issubclass(cls, ModelMixin):  # of diffusers
+                return cls.from_config(cls.load_config(place, **kwargs)).to(dtype)
+            config = getattr(cls, "config_class", AutoConfig).from_pretrained(place, **kwargs)
+            return (cls.from_config if cls is AutoModelForCausalLM else cls)(config).to(dtype)
     except Exception as error:  # each library has errors of its own
         reason = f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
         raise OSError(f"cannot load {name!r} (--{setting}) from {place}: {reason}") from error
@@ -860,7 +911,7 @@ FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"
             "StableDiffusion3Pipeline": "sd3"}
 
 
-def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool) -> DiffusionDecoder:
+def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool, device=None) -> DiffusionDecoder:
     """The text-to-image model; without its denoiser and VAE if only the text encoders are needed. Raises
     OSError, and ValueError for one of another family than the configuration's, or of none of ours."""
     name, setting, random_init = config.diffusion_model, "diffusion_model", config.random_init
@@ -879,7 +930,7 @@ def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool) -> Diff
     for part in (*DECODER_PARTS, "transformer") if random_init else ():
         if part in index.keys() - kwargs.keys():
             part_cls = getattr(sys.modules[index[part][0]], index[part][1])
-            kwargs[part] = load(part_cls, name, setting, True, dtype, subfolder=part)
+            kwargs[part] = load(part_cls, name, setting, True, dtype, device, subfolder=part)
     cls = getattr(sys.modules["diffusers"], pipeline_cls)
     pipeline = load(cls, name, setting, random_init, dtype, low_cpu_mem_usage=False, **kwargs)
     if family != "sd3" and "beta_start" not in pipeline.scheduler.config:
@@ -888,13 +939,14 @@ def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet: bool) -> Diff
     return (DiffusionDecoder if family == "sd" else TwoClipDecoder)(config, pipeline)
 
 
-def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: torch.dtype) -> tuple:
+def load_llm(config: VLVConfig, weights: dict, llm_folder: Path | None, dtype: torch.dtype,
+             device=None) -> tuple:
     """The language model, with its weights in `weights` if they are there, and its tokenizer."""
     name, random_init = (str(llm_folder), False) if llm_folder else (config.llm, config.random_init)
     tokenizer, prefix = load(AutoTokenizer, name, "llm", random_init), PREFIXES["llm"]
     state = {n.removeprefix(prefix): w[...].to(dtype) for n, w in weights.items() if n.startswith(prefix)}
     if not state:
-        return load(AutoModelForCausalLM, name, "llm", random_init, dtype), tokenizer
+        return load(AutoModelForCausalLM, name, "llm", random_init, dtype, device), tokenizer
     llm_config = load(AutoConfig, name, "llm", random_init)
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
     llm, report = cls.from_pretrained(None, config=llm_config, state_dict=state, dtype=dtype,

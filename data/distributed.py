@@ -86,6 +86,17 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here. On GPUs it needs Triton, a C compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True
+    except Exception as error:  # of any of its layers
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        print_once(f"note: torch.compile does not work here, so this is slower: {reason}")
+        return False
+
+
 def init_process_group(backend: str, hours: int = 1) -> None:
     """Joins the other processes, if any. hours: how long one waits for another, as for its index."""
     timeout = timedelta(hours=hours)
