@@ -3,6 +3,7 @@ Claims about VLV, on tiny random models and on the bundled toy; no network.
 
     pytest                              # a few minutes on two cores
     VLV_SLOW=1 pytest -k "kill or fast or full_size"        # and those that take long
+    pytest -k gpu                       # on a machine with a GPU, which the other tests do not use
 """
 
 import copy
@@ -38,6 +39,7 @@ from types import NoneType
 from typing import Annotated, get_args, get_origin
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read them
+GPU_ENVIRONMENT = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 
 import numpy as np
@@ -1001,12 +1003,12 @@ def real_flags(tiny, out_dir, stage, **overrides) -> list[str]:
     return tiny_flags(tiny, out_dir, **settings | overrides)
 
 
-def start(arguments: list[str], *torchrun: str, program=HERE / "train.py", **kwargs) -> subprocess.Popen:
+def start(arguments: list[str], *torchrun: str, program=HERE / "train.py", gpus=0, **kwargs) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *torchrun]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus or 2}", f"--master_port={port}", *torchrun]
+    environment = (GPU_ENVIRONMENT if gpus else os.environ) | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, errors="replace", **kwargs)
 
@@ -2596,7 +2598,7 @@ def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tm
                 right.append((field.name, value, more))
     assert tried > 10 and all(float(value) == 0 for _, value, _ in right)
     for name, value, more in right if arguments else []:  # and these give a right result
-        assert main([*map(str, more), f"--{name}={value}"]) in (None, 0), name
+        assert main([*map(str, more), f"--{name}={value}"]) in (None, 0) or main is train.main, name
         if command == "train":
             run = Path(more[more.index("--out_dir") + 1]) / "stage1"
             assert newest(run) == 2 and all(math.isfinite(line.get("loss", 0)) for line in read_log(run))
@@ -3007,6 +3009,8 @@ def test_random_init_builds_the_same_shapes_with_other_weights(tiny):
       for more, tolerance in [({}, 5e-3), ({"precision": "bf16"}, 2e-2), ({"gradient_checkpointing": ["unet", "bart", "llm"]}, 5e-3)]),
 ])
 def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, tolerance):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     if "latents" in speedup:
         latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32", "--batch_size", "5"])
@@ -3016,6 +3020,7 @@ def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, toleranc
                    for name, more in [("plain", {}), ("fast", speedup)])
     plain, fast = ([line["loss"] for line in read_log(run)] for run in (plain, fast))
     assert len(plain) == 3
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs) == ("compile" in speedup)
     np.testing.assert_allclose(fast, plain, rtol=tolerance)
 
 
@@ -3050,6 +3055,26 @@ def test_compiled_parts_compute_the_same_and_other_lengths_compile_nothing_new(t
         c = plain.eval().embed(batch["image"])
     assert compiled.eval().caption_head.generate(c) == plain.caption_head.generate(c)
     assert counters["stats"]["unique_graphs"] == graphs[-1]
+
+
+def test_a_compiled_run_compiles_its_steps_alone(tiny, tmp_path, monkeypatch):
+    """Takes long, as the compiler does. Neither what counts operations before the first step is compiled (the rest would
+    never be, after it), nor validation and pictures, whose sizes differ."""
+    plain_compile = VLV.compile
+    monkeypatch.setattr(VLV, "compile", lambda self: plain_compile(self, backend="aot_eager", fullgraph=True))
+    start = train_tiny(tiny, tmp_path / "start", max_steps=1)
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs, losses = [], []
+    for name, more in {"plain": {}, "compiled": {"compile": True}, "evaluated": {
+            "compile": True, "val_data": tiny / "val", "eval_interval": 2, "eval_images": 3, "eval_pictures": 2}}.items():
+        torch._dynamo.reset()
+        before = counters["unique_graphs"]
+        run = train_tiny(tiny, tmp_path / name, stage=2, init_from=start, encoder=tiny / "florence_no_dropout", **more)
+        losses.append([line["loss"] for line in read_log(run) if "loss" in line])
+        graphs.append(counters["unique_graphs"] - before)
+    assert graphs[0] == 0 < 6 <= graphs[1] == graphs[2]
+    assert losses[1] == losses[2]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
 
 
 class Operations(TorchDispatchMode):
@@ -3107,6 +3132,131 @@ def test_a_chat_models_own_penalties_are_not_applied(tiny, batch, tmp_path):
     assert captions == same and any(captions)
 
 
+# --- on a GPU ----------------------------------------------------------------------------------------------
+
+
+def count_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, env=GPU_ENVIRONMENT).stdout
+    return len(re.findall(r"^GPU ", listed, re.MULTILINE))
+
+
+GPUS = count_gpus()
+needs_gpu = pytest.mark.skipif(GPUS == 0, reason="needs an NVIDIA GPU")
+
+
+def python_on_gpu(code: str, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, env=GPU_ENVIRONMENT,
+                          capture_output=True, text=True)
+
+
+SAME_ON_GPU = """
+import json, sys
+import numpy as np
+import torch
+from vlv import VLV
+
+sys.path.append("data/shapes")
+from prepare import draw, scenes
+
+torch.backends.cudnn.allow_tf32 = False
+toy = {"checkpoint": "data/shapes/vlv"}
+for settings in [toy, *map(json.loads, sys.argv[1:])]:
+    torch.manual_seed(0)
+    cpu = VLV.from_pretrained(**settings)
+    gpu = VLV.from_pretrained(**settings).to("cuda")
+    gpu.load_state_dict(cpu.state_dict())
+    if settings == toy:
+        images = [draw(truth) for truth in scenes("val", 48)]
+        for beams in (1, 4):
+            assert gpu.caption(images, num_beams=beams) == cpu.caption(images, num_beams=beams)
+        drawn = [np.stack(model.reconstruct(images[:8])).astype(int) for model in (cpu, gpu)]
+        assert abs(drawn[0] - drawn[1]).mean() < 0.5
+    head = gpu.caption_head
+    assert head.can_replay()
+    for count, limit in ((1, 1), (1, 5), (3, 40), (48, 64)):  # steps that are not recorded, and that are
+        c = torch.randn(count, gpu.config.num_queries, gpu.decoder.embed_dim, device="cuda")
+        head.can_replay = lambda: True
+        replayed = head.generate(c, num_beams=1, max_new_tokens=limit, with_ends=True)
+        head.can_replay = lambda: False
+        assert replayed == head.generate(c, num_beams=1, max_new_tokens=limit, with_ends=True)
+"""
+
+
+@needs_gpu
+def test_a_gpu_captions_and_redraws_as_the_cpu_does_and_replays_what_generate_finds(tiny):
+    settings = [json.dumps(tiny_settings(tiny, stage=2, llm=str(tiny / llm))) for llm in ("qwen", "gpt2", "llama")]
+    result = python_on_gpu(SAME_ON_GPU, *settings)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_gpu
+def test_on_a_gpu_each_precision_learns_as_the_cpu_does_compiled_or_not(tiny, tmp_path):
+    """Takes long: the first compilation."""
+    first = train_tiny(tiny, tmp_path / "first", max_steps=1)
+    settings = dict(stage=2, init_from=first, encoder=tiny / "florence_no_dropout", max_steps=3)
+    expected = [line["loss"] for line in read_log(train_tiny(tiny, tmp_path / "cpu", **settings))]
+    for precision, way, tolerance in [("fp32", "no-compile", 1e-3), ("fp32", "compile", 5e-3), ("bf16", "no-compile", 3e-2),
+                                      ("bf16", "compile", 3e-2)]:
+        out_dir = tmp_path / f"{precision}-{way}"
+        arguments = tiny_flags(tiny, out_dir, device="cuda", precision=precision, **settings | {way: True})
+        finish(run := start(arguments, gpus=1))
+        assert run.returncode == 0
+        np.testing.assert_allclose([line["loss"] for line in read_log(out_dir / "stage2")], expected, rtol=tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision, way", [("fp32", "no-compile"), ("bf16", "compile")])
+def test_a_run_on_a_gpu_that_is_asked_to_stop_and_killed_ends_as_one_never_killed(tiny, tmp_path, precision, way):
+    """Takes long: four starts of torchrun."""
+    how = {"device": "cuda", "precision": precision, way: True, "micro_batch_size": 2, "max_steps": 400}
+    run = tmp_path / "killed" / "stage2"
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        before = newest(run)
+        torchrun = start(real_flags(tiny, tmp_path / "killed", 2, **how), gpus=1)
+        wait_until(lambda: newest(run) > before, 300)  # it is compiled first
+        for pid in processes_of(tmp_path / "killed") if kill == signal.SIGKILL else [torchrun.pid]:
+            os.kill(pid, kill)
+        said = finish(torchrun)
+        assert torchrun.returncode != 0
+        if kill == signal.SIGTERM:
+            assert f"stopped by a signal after step {newest(run)}, which is saved" in said
+        wait_until(lambda: not processes_of(tmp_path / "killed"), 60)
+    assert newest(run) < 400, "it was over before it could be killed"
+    for name in ("killed", "whole"):
+        finish(last := start(real_flags(tiny, tmp_path / name, 2, **how), gpus=1))
+        assert last.returncode == 0
+    ours, theirs = (tensors_of(find_checkpoint(tmp_path / name / "stage2"), "model") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@needs_gpu
+def test_a_gpus_full_memory_is_one_sentence(tiny, tmp_path):
+    code = """
+import runpy, sys
+import torch
+torch.cuda.set_per_process_memory_fraction(1e-3)
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+    arguments = tiny_flags(tiny, tmp_path, device="cuda", batch_size=4096, micro_batch_size=4096)
+    result = python_on_gpu(code, *arguments)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: the GPU's memory is full: lower the (micro-)batch size" in result.stderr
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_learn_as_one_does(tiny, tmp_path):
+    losses = []
+    for gpus in (1, 2):
+        how = {"device": "cuda", "precision": "fp32", "no-compile": True, "encoder": tiny / "florence_no_dropout"}
+        finish(run := start(tiny_flags(tiny, tmp_path / str(gpus), **how), gpus=gpus))
+        assert run.returncode == 0
+        losses.append([line["loss"] for line in read_log(tmp_path / str(gpus) / "stage1")])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
 def test_latents_ahead_are_refused_when_the_images_have_changed(tiny, tmp_path):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32"])
@@ -3137,6 +3287,24 @@ def test_an_image_that_cannot_be_read_just_now_gets_no_latents_and_gets_them_lat
         latents.main(arguments)
         again = ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))[3]["moments"]
         torch.testing.assert_close(again, dataset[3]["moments"], rtol=2e-3, atol=2e-3)
+
+
+def test_every_row_of_the_table_of_speeds_is_measured(tmp_path, capsys):
+    from data import speed
+
+    assert {*speed.ROWS} == {*speed.TRAINING, "parts", "captions", "profile"}
+    for row in ("authors", "stage1-384-latents", "stage2", "captions", "parts", "profile"):
+        found = speed.measure(speed.SpeedConfig((row,), quick=True), row)
+        values = [value for part in found.values() for value in (part.values() if isinstance(part, dict) else [part])]
+        assert len(values) >= 7 and all(map(math.isfinite, values)), row
+        capsys.readouterr()
+        print(speed.describe(row, found, {"images_per_second": 1.0}))
+        assert ("$" in capsys.readouterr().out) == (row in speed.TRAINING)
+    for minutes, code in (("5", 0), ("0.01", 1)):
+        command = [sys.executable, "data/speed.py", "--quick", "--out", tmp_path / "speed.json", "--rows", "stage1", "--minutes", minutes]
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        row = json.loads((tmp_path / "speed.json").read_text())["stage1"]
+        assert result.returncode == code and ("no time was left" in row.get("failed", "")) == (code == 1), result.stdout
 
 
 def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):

@@ -169,7 +169,8 @@ def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
 def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     """FLOPs that one sample needs, forward and backward."""
     model.eval()
-    with FlopCounterMode(display=False) as counter:
+    # eagerly: what torch's compiler (2.13) meets first under a counter it never compiles
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         loss_of(model, collate([sample]), device).backward()
     model.zero_grad(set_to_none=True)
     model.train()
@@ -229,7 +230,7 @@ def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, sta
     return "\n".join(lines)
 
 
-def main(argv=None, saves_on_signals: bool = False):
+def main(argv=None, saves_on_signals: bool = False) -> Meter:
     # --- settings: what is wrong with them ends the run before anything is loaded
     defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
     given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
@@ -377,6 +378,7 @@ def main(argv=None, saves_on_signals: bool = False):
     all_gather(None)  # the others are done, too
     if locked:
         locked.close()
+    return meter
 
 
 if __name__ == "__main__":

@@ -183,18 +183,20 @@ class Encoder(nn.Module):
                 images = (images + 0.5).floor().clamp(0, 255)  # 8 bits after each pass, as in PIL
         return (images / 255 - self.image_mean) / self.image_std
 
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """DaViT: (B, 3, S, S) uint8 -> (B, 577, width), 24 x 24 tokens of 768 pixels, and their mean."""
+        with without_autocast(images):
+            pixels = self.preprocess(images).to(self.davit["projector"].image_projection.weight.dtype)
+            return self.davit["projector"](self.davit["tower"](pixels).last_hidden_state)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (B, 3, S, S) uint8 in [0, 255]. Returns ẑ, (B, N, D), in CLIP's token-embedding space.
         Raises ValueError for anything else: floats in [0, 1] would pass for black pictures."""
         is_batch = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
         if images.dtype != torch.uint8 or not is_batch or images.numel() == 0:
             raise ValueError(f"images are {images.dtype} {[*images.shape]}, but must be uint8 (B, 3, S, S)")
-        with without_autocast(images):
-            pixels = self.preprocess(images).to(self.davit["projector"].image_projection.weight.dtype)
-            features = self.davit["tower"](pixels).last_hidden_state
-            vision = self.davit["projector"](features)  # (B, 577, width): 24 x 24 tokens and their mean
         task = self.task_embeds.expand(len(images), -1, -1)
-        tokens = torch.cat([vision.to(task.dtype), task], 1)
+        tokens = torch.cat([self.encode_image(images).to(task.dtype), task], 1)
         hidden = self.bart["encoder"](inputs_embeds=tokens).last_hidden_state
         queries = self.queries.weight.expand(len(images), -1, -1)
         # Causal, as BART's decoder was pretrained: query i sees the queries up to i.

@@ -224,4 +224,4 @@ def run_and_exit(main, interrupted: str) -> None:
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if isinstance(code, str) else code or 0)
+    os._exit(code if isinstance(code, int) else int(isinstance(code, str)))

@@ -316,6 +316,13 @@ class Meter:
         return {"images_per_second": len(self.steps[first:]) * self.batch_size / seconds,
                 "waiting_for_data": waited / seconds}
 
+    def peak(self) -> int:
+        """The most bytes that this process has held at once, of the GPU's memory where there is one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
     def summary(self) -> str:
         """A sentence about all steps but the warm-up's."""
         if len(self.steps) <= self.warm_up:
@@ -323,13 +330,10 @@ class Meter:
         rate, waiting = self.speed(self.warm_up).values()
         each, hours = rate / WORLD_SIZE, self.total / rate / 3600
         dollars = ""
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
             usd = hours * WORLD_SIZE * self.usd_per_gpu_hour
             dollars = f", ${usd:,.0f} at ${self.usd_per_gpu_hour:.2f} a GPU-hour"
         return (f"{rate:,.3g} images/s ({each:.3g} a process), {waiting:.0%} of the time waiting for data |"
                 f" {self.flops / 1e12:.3g} TFLOP an image, {each * self.flops / 1e12:.3g} TFLOP/s a process |"
-                f" {memory / 1e9:.1f} GB at the peak | the whole stage:"
+                f" {self.peak() / 1e9:.1f} GB at the peak | the whole stage:"
                 f" {f'{hours:,.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'}{dollars}")
