@@ -427,7 +427,8 @@ class CaptionHead(nn.Module):
         while len(ids) < max_new_tokens and not (len(ids) % 16 == 0 and (token == eos).all()):
             if prefix.is_cuda and len(ids) == 4:  # after three steps that have set up what is to be recorded
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records, and runs nothing
+                # records, and runs nothing; other threads may go on
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     step()
             graph.replay() if graph else step()
             ids.append(token.clone())

@@ -45,7 +45,7 @@ class CaptionConfig:
     out: Path = Path("captions")  # with several machines: on storage that all of them see
     num_beams: Annotated[int, 1, 100] = 1  # the paper's 4 are several times slower
     max_new_tokens: Count = 300  # a caption ends by itself, or here
-    batch_size: Count = 256  # images at once; a smaller one takes less memory
+    batch_size: Count | None = None  # images at once; None: 256 on a GPU, else 64
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     num_workers: Annotated[int, 0, 256] = 4  # processes that read and decode images ahead
@@ -169,6 +169,7 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
 def main(argv=None) -> int:
     args = read_settings(CaptionConfig, argv, __doc__)
     device = on_every_rank(lambda: select_device("auto"))
+    args.batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
     init_process_group("gloo", hours=720)  # who is done waits for the others
     checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
     mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
