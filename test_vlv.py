@@ -39,7 +39,7 @@ from types import NoneType
 from typing import Annotated, get_args, get_origin
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read them
-GPU_ENVIRONMENT = dict(os.environ)
+GPU_ENVIRONMENT = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}  # products of float32 in float32
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 
 import numpy as np
@@ -47,7 +47,6 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoTokenizer, Florence2Model
@@ -2005,13 +2004,12 @@ def test_a_longer_run_and_another_prompt_or_size_are_said(tiny, tmp_path, capsys
 
 
 def test_a_benchmark_counts_the_run_that_is_asked_for_and_no_dollars_for_a_cpu(tiny, tmp_path, capsys):
-    said = {}
-    for steps in (1000, 100_000):
-        train_tiny(tiny, tmp_path, benchmark=3, max_steps=steps)
-        said[steps] = capsys.readouterr().out
-    minutes = {steps: re.search(r"whole stage: ([\d,.]+) (min|h)", text).groups() for steps, text in said.items()}
-    assert float(minutes[100_000][0].replace(",", "")) * (60 if minutes[100_000][1] == "h" else 1) > 10 * float(minutes[1000][0])
-    assert "$" not in said[1000]
+    for steps, duration in ((1000, "17 min"), (100_000, "27.8 h")):
+        meter = train.main(tiny_flags(tiny, tmp_path, benchmark=1, max_steps=steps))
+        meter.steps = [(9.0, 0.0)] + [(1.0, 0.25)] * 3  # seconds; the first is warm-up
+        assert meter.summary().startswith("4 images/s (4 a process), 25% of the time waiting for data")
+        assert meter.summary().endswith(f"the whole stage: {duration}")
+    assert "$" not in capsys.readouterr().out
 
 
 def test_letters_that_the_font_lacks_are_not_drawn_as_boxes():
@@ -2868,13 +2866,6 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-# torch counts attention on a GPU alone; with these the counts here are those of a GPU
-flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(
-    lambda q, k, v, *args, out_shape=None, **kwargs: flop_counter.sdpa_flop_count(q, k, v))
-flop_counter.register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)(
-    lambda grad, q, k, v, *args, out_shape=None, **kwargs: flop_counter.sdpa_backward_flop_count(grad, q, k, v))
-
-
 def count(arguments: list[str], processes: int) -> tuple[float, float]:
     """TFLOP an image, and GB a process at the peak, of train.py with these arguments, at full size: counted on tensors
     that have shapes but no data. What a GPU's libraries and its allocator need comes on top."""
@@ -3050,7 +3041,7 @@ def test_compiled_parts_compute_the_same_and_other_lengths_compile_nothing_new(t
             torch.testing.assert_close(ours[name], theirs[name], rtol=0.05, atol=0.02 * theirs[name].abs().max().item())
         torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-3, atol=0)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert 5 <= graphs[0] < graphs[1] == graphs[-1]  # the second length says that lengths change
+    assert 5 <= graphs[0] == graphs[-1]
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         c = plain.eval().embed(batch["image"])
     assert compiled.eval().caption_head.generate(c) == plain.caption_head.generate(c)
@@ -3094,7 +3085,7 @@ def test_greedy_search_in_steps_that_can_be_recorded_finds_what_generate_finds(t
     """On a GPU such a step becomes a CUDA graph; nothing in it may wait for the CPU or come from there."""
     model = toy if llm == "the toy's" else tiny_model(tiny, stage=2, llm=str(tiny / llm))
     head, eos = model.caption_head, model.caption_head.tokenizer.eos_token_id
-    assert head.can_replay()
+    assert head.has_static_cache()
     with torch.inference_mode():
         c = model.embed(toy_images[0][:24] if llm == "the toy's" else batch["image"])
         prefix = head.mlp(c)
@@ -3118,7 +3109,7 @@ def test_what_a_sliding_window_changes_from_token_to_token_is_not_recorded(tiny)
     head = tiny_model(tiny, stage=2).caption_head
     head.llm.config.layer_types = ["full_attention", "sliding_attention"]
     head.llm.config.sliding_window = 8
-    assert not head.can_replay()
+    assert not head.has_static_cache()
 
 
 def test_a_chat_models_own_penalties_are_not_applied(tiny, batch, tmp_path):
@@ -3160,7 +3151,6 @@ from vlv import VLV
 sys.path.append("data/shapes")
 from prepare import draw, scenes
 
-torch.backends.cudnn.allow_tf32 = False
 toy = {"checkpoint": "data/shapes/vlv"}
 for settings in [toy, *map(json.loads, sys.argv[1:])]:
     torch.manual_seed(0)
@@ -3174,12 +3164,12 @@ for settings in [toy, *map(json.loads, sys.argv[1:])]:
         drawn = [np.stack(model.reconstruct(images[:8])).astype(int) for model in (cpu, gpu)]
         assert abs(drawn[0] - drawn[1]).mean() < 0.5
     head = gpu.caption_head
-    assert head.can_replay()
+    assert head.has_static_cache()
     for count, limit in ((1, 1), (1, 5), (3, 40), (48, 64)):  # steps that are not recorded, and that are
         c = torch.randn(count, gpu.config.num_queries, gpu.decoder.embed_dim, device="cuda")
-        head.can_replay = lambda: True
+        head.has_static_cache = lambda: True
         replayed = head.generate(c, num_beams=1, max_new_tokens=limit, with_ends=True)
-        head.can_replay = lambda: False
+        head.has_static_cache = lambda: False
         assert replayed == head.generate(c, num_beams=1, max_new_tokens=limit, with_ends=True)
 """
 
@@ -3197,8 +3187,7 @@ def test_on_a_gpu_each_precision_learns_as_the_cpu_does_compiled_or_not(tiny, tm
     first = train_tiny(tiny, tmp_path / "first", max_steps=1)
     settings = dict(stage=2, init_from=first, encoder=tiny / "florence_no_dropout", max_steps=3)
     expected = [line["loss"] for line in read_log(train_tiny(tiny, tmp_path / "cpu", **settings))]
-    for precision, way, tolerance in [("fp32", "no-compile", 1e-3), ("fp32", "compile", 5e-3), ("bf16", "no-compile", 3e-2),
-                                      ("bf16", "compile", 3e-2)]:
+    for precision, way, tolerance in [("fp32", "no-compile", 5e-3), ("bf16", "compile", 3e-2)]:
         out_dir = tmp_path / f"{precision}-{way}"
         arguments = tiny_flags(tiny, out_dir, device="cuda", precision=precision, **settings | {way: True})
         finish(run := start(arguments, gpus=1))
@@ -3210,7 +3199,7 @@ def test_on_a_gpu_each_precision_learns_as_the_cpu_does_compiled_or_not(tiny, tm
 @pytest.mark.parametrize("precision, way", [("fp32", "no-compile"), ("bf16", "compile")])
 def test_a_run_on_a_gpu_that_is_asked_to_stop_and_killed_ends_as_one_never_killed(tiny, tmp_path, precision, way):
     """Takes long: four starts of torchrun."""
-    how = {"device": "cuda", "precision": precision, way: True, "micro_batch_size": 2, "max_steps": 400}
+    how = {"device": "cuda", "precision": precision, way: True, "micro_batch_size": 2, "max_steps": 100, "eval_interval": 50}
     run = tmp_path / "killed" / "stage2"
     for kill in (signal.SIGTERM, signal.SIGKILL):
         before = newest(run)
@@ -3223,7 +3212,7 @@ def test_a_run_on_a_gpu_that_is_asked_to_stop_and_killed_ends_as_one_never_kille
         if kill == signal.SIGTERM:
             assert f"stopped by a signal after step {newest(run)}, which is saved" in said
         wait_until(lambda: not processes_of(tmp_path / "killed"), 60)
-    assert newest(run) < 400, "it was over before it could be killed"
+    assert newest(run) < 100, "it was over before it could be killed"
     for name in ("killed", "whole"):
         finish(last := start(real_flags(tiny, tmp_path / name, 2, **how), gpus=1))
         assert last.returncode == 0

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -130,6 +131,7 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
                                 **fields)
     parts = model.parts()
     if config.compile or (config.compile is None and device.type == "cuda" and can_compile(device)):
+        torch._dynamo.config.suppress_errors = config.compile is None  # then what fails runs eagerly
         model.compile()
     if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
@@ -169,8 +171,10 @@ def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
 def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     """FLOPs that one sample needs, forward and backward."""
     model.eval()
-    # eagerly: what torch's compiler (2.13) meets first under a counter it never compiles
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    # eagerly: what torch's compiler (2.13) meets first under a counter it never compiles; and attention as
+    # matrix products: other kernels are not counted on every device
+    eager, products = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, eager, products:
         loss_of(model, collate([sample]), device).backward()
     model.zero_grad(set_to_none=True)
     model.train()

@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -394,7 +395,7 @@ class CaptionHead(nn.Module):
             how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
         limit, is_greedy = max_new_tokens or self.max_tokens, num_beams == 1 and temperature == 0
         with torch.compiler.set_stance("force_eager"):  # layers that VLV.compile has compiled, for training
-            if is_greedy and prefix.is_cuda and self.can_replay():
+            if is_greedy and prefix.is_cuda and self.has_static_cache():
                 ids = self.greedy_search(prefix, limit)
             else:
                 settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=limit, **how)
@@ -404,16 +405,17 @@ class CaptionHead(nn.Module):
         captions = [cut_caption(caption) if cut else caption.strip() for caption in captions]
         return list(zip(captions, (ids == eos).any(1).tolist())) if with_ends else captions
 
-    def can_replay(self) -> bool:
-        """Whether all that changes from token to token is in tensors. A sliding window's length is not."""
-        layers = StaticCache(self.llm.config, max_cache_len=1).layers
-        return self.llm._can_compile_fullgraph and all(type(layer) is StaticLayer for layer in layers)
+    def has_static_cache(self) -> bool:
+        """Whether greedy_search can be used: a sliding window has a length that is no tensor."""
+        if not self.llm._can_compile_fullgraph or getattr(self.llm.config, "alibi", False):
+            return False
+        return all(type(layer) is StaticLayer for layer in StaticCache(self.llm.config, max_cache_len=1).layers)
 
     @torch.no_grad()
     def greedy_search(self, prefix: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         """The token ids, (B, T), that self.llm.generate finds after prefix, (B, N, width). There each token waits
         for Python, for one image as long as for 256; here a GPU records a step as a CUDA graph, and replays it."""
-        eos, graph = self.tokenizer.eos_token_id, None
+        eos = self.tokenizer.eos_token_id
         cache = StaticCache(self.llm.config, max_cache_len=prefix.shape[1] + max_new_tokens)
         output = self.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1)
         token = output.logits.argmax(-1)  # (B, 1)
@@ -423,16 +425,36 @@ class CaptionHead(nn.Module):
             following = self.llm(input_ids=token, past_key_values=cache).logits.argmax(-1)
             token.copy_(following.masked_fill(token == eos, eos))  # what has ended stays so
 
+        run = step
         # whether all have ended is asked now and then, as the answer is waited for
         while len(ids) < max_new_tokens and not (len(ids) % 16 == 0 and (token == eos).all()):
-            if prefix.is_cuda and len(ids) == 4:  # after three steps that have set up what is to be recorded
-                graph = torch.cuda.CUDAGraph()
-                # records, and runs nothing; other threads may go on
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    step()
-            graph.replay() if graph else step()
+            if prefix.is_cuda and len(ids) == 3:  # two steps have set up what is to be recorded
+                run = record(step, prefix.device)
+            else:
+                run()
             ids.append(token.clone())
         return torch.cat(ids, 1)
+
+
+@lru_cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def record(step, device: torch.device):
+    """Runs a step, and returns what runs it again: a CUDA graph; or step, if it waits for values."""
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    if waits:
+        return step
+    graph = torch.cuda.CUDAGraph()
+    # what is recorded is not run; other threads may go on meanwhile
+    with torch.cuda.graph(graph, stream=recording_stream(device), capture_error_mode="thread_local"):
+        step()
+    return graph.replay
 
 
 def cut_caption(caption: str) -> str:
@@ -472,14 +494,17 @@ class VLV(nn.Module):
     def compile(self, **kwargs) -> None:
         """torch.compile, part by part: nets as a whole; of layers that repeat, each, which starts sooner. The
         convolutions' weights get the layout that compiled code likes. kwargs: of torch.compile."""
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer at its weights
         parts = self.parts()
         convolutional = [parts["vae"].encoder, parts["unet"]] if "unet" in parts else []
         for net in convolutional:
             net.to(memory_format=torch.channels_last)
-        layers = [layer for name in ("bart", "text_encoder", "text_encoder_2", "llm") if name in parts
-                  for layer in parts[name].modules() if isinstance(layer, GradientCheckpointingLayer)]
-        for net in [*parts["davit"].values(), *convolutional, *layers]:
+        for net in [*parts["davit"].values(), *convolutional]:
             net.compile(**kwargs)
+        for name in {"bart", "text_encoder", "text_encoder_2", "llm"} & parts.keys():
+            for layer in parts[name].modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile(dynamic=name == "llm", **kwargs)  # captions differ in length
 
     @property
     def learned(self) -> list[str]:

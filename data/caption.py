@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,7 +46,7 @@ class CaptionConfig:
     out: Path = Path("captions")  # with several machines: on storage that all of them see
     num_beams: Annotated[int, 1, 100] = 1  # the paper's 4 are several times slower
     max_new_tokens: Count = 300  # a caption ends by itself, or here
-    batch_size: Count | None = None  # images at once; None: 256 on a GPU, else 64
+    batch_size: Count | None = None  # images at once; None: 256 on a GPU (less if memory lacks), else 64
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     num_workers: Annotated[int, 0, 256] = 4  # processes that read and decode images ahead
@@ -154,7 +155,9 @@ def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: 
         good = [item for item in items if "pixels" in item]
         if good:
             images = torch.stack([item.pop("pixels") for item in good]).to(device)
-            prompt_embeds = torch.cat([model.embed(some) for some in images.split(8)])  # for less memory
+            # eight at a time, for less memory, and always eight, as other numbers would be compiled anew
+            eights = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(good) % 8)).split(8)
+            prompt_embeds = torch.cat([model.embed(eight) for eight in eights])[: len(good)]
             captions = model.caption_head.generate(prompt_embeds, args.num_beams, args.max_new_tokens)
             for item, caption in zip(good, captions):
                 item["caption"] = caption

@@ -317,7 +317,7 @@ class Meter:
                 "waiting_for_data": waited / seconds}
 
     def peak(self) -> int:
-        """The most bytes that this process has held at once, of the GPU's memory where there is one."""
+        """The most bytes that this process has held at once; of a GPU's memory, since the warm-up."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024  # bytes

@@ -10,7 +10,6 @@ is left says so, and the others go on. Rates are of one GPU, hours and dollars o
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from data.caption import CaptionConfig, Shard, caption_shard
 from data.distributed import can_compile, quiet, select_device
 from data.loader import SyntheticDataset, collate
 from data.settings import parse_with_file, read_settings, write_json
-from vlv import VLV, VLVConfig
+from vlv import VLV, Noise, VLVConfig
 
 TRAINING = {  # row: (stage, flags beside the paper's recipe)
     "authors": (1, "--precision fp32 --no-compile --gradient_checkpointing unet --batch_size 32"),
@@ -95,20 +94,8 @@ def milliseconds(function, device: torch.device, times: int) -> float:
 def measure_training(args: SpeedConfig, device: torch.device, row: str) -> dict:
     """What train.py --benchmark measures; and how long its first step is waited for, imports included."""
     stage, flags = TRAINING[row]
-    count_flops = train.count_flops
-
-    def count_if_possible(model, *rest) -> float:
-        try:
-            return count_flops(model, *rest)
-        except AssertionError:  # torch 2.11 cannot count grouped queries
-            model.zero_grad(set_to_none=True)
-            model.train()
-            return math.nan
-
-    train.count_flops = count_if_possible
     steps = "1" if args.quick else "8"
     meter = train.main([*train_arguments(stage, flags, args.quick), "--benchmark", steps])
-    train.count_flops = count_flops
     first_step = time.perf_counter() - START - sum(seconds for seconds, _ in meter.steps[1:])
     rate = meter.speed(meter.warm_up)["images_per_second"]
     hours = train.RECIPE[stage]["batch_size"] * train.RECIPE[stage]["max_steps"] / rate / 3600
@@ -123,28 +110,24 @@ def measure_parts(args: SpeedConfig, device: torch.device, row: str) -> dict:
     encoder, decoder, count = model.encoder, model.decoder, config.batch_size
     shape = (count, 3, config.image_size, config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    noise, found = decoder.draw_noise(range(count)), {}
+    noise, found = Noise(*(x.to(device) for x in decoder.draw_noise(range(count)))), {}
     with torch.no_grad(), autocast():
         moments, token_embeds = decoder.encode_image(images), encoder(images).float()
         prompt_embeds = decoder.encode_text(token_embeds).float().requires_grad_()
     token_embeds.requires_grad_()
-    frozen = {"davit": lambda: encoder.encode_image(images), "vae": lambda: decoder.encode_image(images)}
-    learning = {"davit_and_bart": lambda: encoder(images), "clip": lambda: decoder.encode_text(token_embeds),
-                "unet": lambda: decoder.denoising_loss(images, prompt_embeds, noise, moments)}
+    parts = {"davit": lambda: encoder.encode_image(images), "davit_and_bart": lambda: encoder(images),
+             "clip": lambda: decoder.encode_text(token_embeds), "vae": lambda: decoder.encode_image(images),
+             "unet": lambda: decoder.denoising_loss(images, prompt_embeds, noise, moments)}
+
+    def run(part) -> None:
+        with autocast():
+            loss = part().float().sum()
+        if loss.requires_grad:
+            loss.backward()
 
     def measure_all() -> dict:
         times = 1 if args.quick else 5
-        with torch.no_grad():
-            each = {name: milliseconds(part, device, times) for name, part in frozen.items()}
-        for name, part in learning.items():
-
-            def learn():
-                with autocast():
-                    loss = part().float().sum()
-                loss.backward()
-
-            each[name] = milliseconds(learn, device, times)
-        return each
+        return {name: milliseconds(lambda: run(part), device, times) for name, part in parts.items()}
 
     found["eager"] = measure_all()
     optimizer, params, _ = train.make_optimizer(model, config)
