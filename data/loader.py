@@ -4,7 +4,6 @@ Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes th
 resumes at once.
 """
 
-import filecmp
 import hashlib
 import io
 import json
@@ -228,16 +227,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
         array_file, about_file = cache / "index.bin", cache / "index.json"
         try:
             about = read_json(about_file)
-            here = dict(version=INDEX_VERSION, shards=stamp, fingerprint=index_fingerprint(array_file, stamp))
-            is_right = here.items() <= about.items()
-        except (OSError, ValueError):  # none yet, or a damaged one
-            is_right = False
-        if not is_right:
+            if about != about | describe_index(array_file, stamp):
+                raise ValueError
+        except (OSError, ValueError):  # none yet, a damaged one, or one of other files
             try:
                 cache.mkdir(parents=True, exist_ok=True)
                 problems = write_atomically(array_file, self.write_index)
-                about = dict(version=INDEX_VERSION, shards=stamp, problems=problems,
-                             fingerprint=index_fingerprint(array_file, stamp))
+                about = describe_index(array_file, stamp) | {"problems": problems}
                 write_json(about_file, about)
             except OSError as error:
                 where = error.filename or f"{cache}, or /dev/shm"
@@ -266,20 +262,19 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return problems
 
 
+def identity(path: Path) -> tuple:
+    """The same for all names of a file, and for a shard and its copies."""
+    state = path.stat()
+    if path.suffix.lower() == ".tar":  # shards that begin alike share their first sample
+        return state.st_size, hashlib.sha256(read_part(path, 0, 2**16)).digest()
+    return state.st_dev, state.st_ino
+
+
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
     """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    files, shards_of_size = {}, {}
-    for path in a.files:
-        state = path.stat()
-        files[state.st_dev, state.st_ino] = path
-        if path.suffix.lower() == ".tar":
-            shards_of_size.setdefault(state.st_size, []).append(path)
+    files = {identity(path): path for path in a.files}
     for path in b.files:
-        state = path.stat()
-        same = files.get((state.st_dev, state.st_ino))
-        others = shards_of_size.get(state.st_size, [])
-        same = same or next((other for other in others if filecmp.cmp(other, path, shallow=False)), None)
-        if same:
+        if same := files.get(identity(path)):
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
@@ -391,12 +386,13 @@ def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict
     return spans[kept], problems + bad, left_out
 
 
-def index_fingerprint(array_file: Path, stamp: list) -> str:
-    """A hash of the shards' names and sizes, and of every sample's place in them."""
+def describe_index(array_file: Path, stamp: list) -> dict:
+    """What index.json says of index.bin. The fingerprint is of the shards' names and sizes, and of every
+    sample's place in them."""
     with open(array_file, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps([shard[:2] for shard in stamp]).encode())
-    return digest.hexdigest()
+    return dict(version=INDEX_VERSION, shards=stamp, fingerprint=digest.hexdigest())
 
 
 def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.ndarray, np.ndarray]:
