@@ -110,12 +110,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
         self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
-        if not str(folder):
-            raise ValueError("the data folder's name is empty")
-        if not self.folder.is_dir():
-            is_file = self.folder.exists()
-            hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
-            raise ValueError(f"data folder {folder} {hint}")
+        if not str(folder) or not self.folder.is_dir():
+            raise ValueError(f"data folder {folder} does not exist, or is a file: name a folder")
         found = find_files(self.folder)
         self.problems, self.files = found.problems, found.shards or found.images
         if found.shards:
@@ -186,9 +182,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         try:
             if self.with_captions:
                 text = read_part(self.text_files[number], text_at, abs(text_size)) if text_size else b""
-                if text_size < 0:
-                    text = (json.loads(text)["caption"] or "").encode(errors="replace")
-                caption = text.decode("utf-8-sig").strip()
+                caption = (caption_in(text) or "" if text_size < 0 else text.decode("utf-8-sig")).strip()
                 if not caption:
                     raise OSError("no caption")
             image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize)
@@ -251,9 +245,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
             for number, (spans, broken, others) in enumerate(found):
                 np.insert(spans, 0, number, axis=1).tofile(file)
                 problems += broken
-                for reason, (many, example) in others.items():
-                    before, first = left_out.get(reason, (0, example))
-                    left_out[reason] = before + many, first
+                for reason, names in others.items():
+                    many, example = left_out.get(reason, (0, names[0]))
+                    left_out[reason] = many + len(names), example
         for reason, (many, example) in left_out.items():
             problems.append(printable(f"{self.folder}: {many:,} {reason}, such as {example}"))
         if not path.stat().st_size:
@@ -349,41 +343,38 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
             continue
         captions = [places[name] for name in texts]
         if not texts:
-            captions = [(at, -size) for at, size in map(places.get, jsons) if has_caption(path, at, size)]
+            captions = [(at, -size) for at, size in map(places.get, jsons)
+                        if caption_in(read_part(path, at, size)) is not None]
         spans[key] = *places[images[0]], *(captions + [(0, 0)])[0]
     return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
 
 
-def has_caption(path: Path, at: int, size: int) -> bool:
-    """Whether this part of the file is JSON with a "caption"."""
+def caption_in(record: bytes) -> str | None:
+    """The "caption" of a JSON object, if it is a text."""
     try:
-        return isinstance(json.loads(read_part(path, at, size))["caption"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return json.loads(record)["caption"].encode(errors="replace").decode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
-def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict]:
-    """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
-    the shard itself, or JSON lines to replace its texts; images without a line are left out."""
+def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
+    """What read_shard says, without the keys. captions: the shard itself, or JSON lines to replace its texts;
+    images without a line are left out."""
     keys, spans, problems, left_out = read_shard(path)
-    left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
-    if not keys:
-        left_out["shards hold no images"] = 1, str(path)
-    if captions == path:
-        return spans, problems, left_out
-    left_out.pop(NO_IMAGE, None)
-    if not captions.exists():
-        left_out["shards have no captions, as their files are not there"] = 1, str(captions)
-        return spans[:0], problems, left_out
-    lines, bad = read_captions(captions)
-    texts = {f"/{image}".partition(f"/{captions.stem}.tar/")[2]: place for image, place in lines.items()}
-    kept = [i for i, key in enumerate(keys) if key in texts]
-    for reason, count in [("images have no line among the captions", len(keys) - len(kept)),
-                          ("lines of captions are of no image here", len(lines) - len(kept))]:
-        if count:
-            left_out[reason] = count, str(captions)
-    spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    return spans[kept], problems + bad, left_out
+    left_out["shards hold no images"] = [] if keys else [str(path)]
+    if captions != path:
+        del left_out[NO_IMAGE]
+        missing = [] if captions.exists() else [str(captions)]
+        left_out["shards have no captions, as their files are not there"] = missing
+        lines, bad = ({}, []) if missing else read_captions(captions)
+        key_of = lambda image: f"/{image}".partition(f"/{captions.stem}.tar/")[2]
+        texts = {key_of(image): place for image, place in lines.items()}
+        kept = [i for i, key in enumerate(keys) if key in texts]
+        left_out["images have no line among the captions"] = [key for key in keys if key not in texts]
+        left_out["lines of captions are of no image here"] = [str(captions)] * (len(lines) - len(kept))
+        spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
+        spans, problems = spans[kept], problems + bad
+    return spans, problems, {reason: names for reason, names in left_out.items() if names}
 
 
 def describe_index(array_file: Path, stamp: list) -> dict:
