@@ -256,13 +256,12 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
     log = lambda value: math.log10(max(value, 1e-9))
     lines = {name: [(r["step"], log(r[name])) for r in records if r.get(name) is not None] for name in COLORS}
-    lines = {name: line for name, line in lines.items() if line or name == "loss"}
-    points = [point for line in lines.values() for point in line] or [(0, 0.0)]
-    (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
-    x = lambda step: 120 + 1040 * (step - first) / ((last - first) or 1)
-    y = lambda value: 740 - 660 * (value - low) / ((high - low) or 1)
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        step, value = first + part * (last - first), low + part * (high - low)
+    lines = {name: line for name, line in lines.items() if line}
+    points = np.array([point for line in lines.values() for point in line] or [(0, 0.0)])
+    (first, low), (last, high) = points.min(0), points.max(0)
+    x = lambda step: np.interp(step, [first, last], [120, 1160])
+    y = lambda value: np.interp(value, [low, high], [740, 80])
+    for step, value in np.linspace((first, low), (last, high), 5):
         draw.line([(120, y(value)), (1160, y(value))], "#e4e4e4", 2)
         draw.text((110, y(value)), f"{10 ** value:.3g}", "black", font, "rm")
         draw.text((x(step), 752), f"{step:.6g}", "black", font, "ma")
@@ -270,8 +269,7 @@ def draw_curves(path: Path, records: list[dict]) -> None:
         pixels = [(x(step), y(value)) for step, value in line]
         draw.text((120 + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
-        for end in pixels[-1:]:
-            draw.circle(end, 6, COLORS[name])
+        draw.circle(pixels[-1], 6, COLORS[name])
     write_atomically(path, lambda file: image.save(file, "png"))
 
 
