@@ -28,7 +28,7 @@ from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, find_checkpoint, load_config, select_dtype, to_pixels
+from vlv import VLV, find_checkpoint, load_config, select_dtype
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 
@@ -92,21 +92,18 @@ def find_images(args: SampleConfig, results: Results) -> tuple[list[Path], list[
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
         found = find_files(name)
-        is_meant = name.is_file() and not found.shards and not found.problems
-        images = [path for path in ([name] if is_meant else found.images) if path.resolve() not in drawn]
+        images = [path for path in found.images if path.resolve() not in drawn]
         files += images
         problems += found.problems
         if found.shards:
             problems.append(f"{name}: for shards there is python data/caption.py {name} --out captions")
-        elif not name.exists():
-            problems.append(f"{name}: there is no such file")
         elif not images and not found.problems:
-            problems.append(f"{name}: the folder holds no images")
-        if found.others and name.is_dir():
+            problems.append(f"{name}: no images are there")
+        if found.others:
             count = len(found.others)
             tqdm.write(f"no images: {count} files, such as {printable(found.others[0])}", file=sys.stderr)
-    if args.mix and (problems or any(map(os.path.isdir, args.mix))):
-        raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
+    if args.mix and (problems or len(files) != 2):
+        raise ValueError(f"--mix takes two image files: {'; '.join(problems) or f'here are {len(files)}'}")
     return files, problems
 
 
@@ -162,11 +159,10 @@ def main(argv=None) -> int:
             pictures = []
             for path in files[at : at + size]:
                 try:
-                    pixels = to_pixels(path, model.config.image_size, model.config.resize, args.fit)
-                    pictures.append((path, pixels))
+                    pictures.append((path, model.pixels(path, args.fit)[0].cpu()))
                 except OSError as error:
-                    problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
-            if not pictures or (args.mix and len(pictures) < 2):
+                    problems.append(" ".join(str(error).split()))
+            if len(pictures) < (2 if args.mix else 1):
                 continue
             paths, images = zip(*pictures)
             token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import tarfile
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +30,8 @@ IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tif
                       " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
 COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
 INDEX_VERSION = 4  # of what read_shard takes from a shard
-# Reasons why it leaves something out
-SECOND_IMAGE, NO_IMAGE = "images beside another of their key are left out", "texts have no image"
-TWICE, OTHER_KIND = "names come twice, and the last is taken", "files are of other kinds"
+SECOND_IMAGE = "images beside another of their key are left out"
+NO_IMAGE = "texts have no image"
 
 
 def find_files(top: Path) -> SimpleNamespace:
@@ -41,7 +41,7 @@ def find_files(top: Path) -> SimpleNamespace:
     files, seen = [top] if top.is_file() else [], set()
     found = SimpleNamespace(images=[], shards=[], texts=[], others=[], problems=[])
     fail = lambda error: found.problems.append(f"{printable(error.filename)}: {error.strerror}")
-    for root, folders, names in os.walk(top, followlinks=True, onerror=fail) if top.is_dir() else ():
+    for root, folders, names in () if files else os.walk(top, followlinks=True, onerror=fail):
         real = os.path.realpath(root)
         if real in seen:  # a link led back
             folders.clear()
@@ -88,11 +88,10 @@ def read_captions(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
                 if caption:
                     found[image] = at, -len(line)
             except (ValueError, KeyError, TypeError, RecursionError):
-                bad.append(f"{path}: byte {at:,} begins no line with image and caption")
+                bad.append(at)
             at += len(line)
-    if len(bad) > 1:
-        bad[0] += f", nor do {len(bad) - 1:,} others"
-    return found, bad[:1]
+    about = [f"{path}: {len(bad):,} lines lack image or caption, the first at byte {bad[0]:,}"] if bad else []
+    return found, about
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -207,15 +206,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if captions:
             if not cache.is_dir():
                 raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            names = [path.relative_to(self.folder).with_suffix(".jsonl") for path in self.files]
-            self.text_files = [cache / name for name in names]
+            self.text_files = [cache / f.relative_to(self.folder).with_suffix(".jsonl") for f in self.files]
         if images:
             loose = f"{len(images):,} images beside the tar shards are left out"
             self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
-        files = [(path, str(path.relative_to(self.folder))) for path in self.files]
-        if captions:
-            files += [(path, str(path.relative_to(cache))) for path in self.text_files if path.exists()]
-        stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
+        tops = {path: self.folder for path in self.files} | {path: cache for path in self.text_files}
+        stamp = [[str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns]
+                 for path, top in tops.items() if path.exists()]
         if not os.access(cache, os.W_OK):
             cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
         array_file, about_file = cache / "index.bin", cache / "index.json"
@@ -297,7 +294,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
 
     As in webdataset, a sample's key ends at the first dot of the file's name: KEY.jpg and KEY.txt belong
     together, and so do KEY.image.png, KEY.mask.png and KEY.caption.txt."""
-    places, links, problems, samples, again = {}, {}, [], {}, []
+    places, links, problems, samples, left_out = {}, {}, [], defaultdict(list), defaultdict(list)
     try:
         end = path.stat().st_size
         if read_part(path, 0, 2) == b"\x1f\x8b":
@@ -306,7 +303,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
             for member in tar:
                 name = posixpath.normpath(member.name)
                 if name in places:
-                    again.append(name)
+                    left_out["names come twice, and the last is taken"].append(name)
                 if member.isfile():
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("it ends in the middle of a file")
@@ -329,23 +326,21 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
     for name in places:
         folder, file = posixpath.split(name)
         if not file.startswith("."):  # ._KEY.jpg is what macOS adds
-            samples.setdefault(posixpath.join(folder, file.split(".")[0]), []).append(name)
-    spans, left_out = {}, {SECOND_IMAGE: [], NO_IMAGE: [], TWICE: again, OTHER_KIND: []}
+            samples[posixpath.join(folder, file.split(".")[0])].append(name)
+    spans = {}
     for key, names in samples.items():
         # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
         names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
         of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
         images, texts, jsons = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), of_kind(".json")
-        left_out[OTHER_KIND] += {*names} - {*images, *texts, *jsons}
+        left_out["files are of other kinds"] += {*names} - {*images, *texts, *jsons}
         left_out[SECOND_IMAGE] += images[1:]
         if not images:
             left_out[NO_IMAGE] += texts
             continue
-        captions = [places[name] for name in texts]
-        if not texts:
-            captions = [(at, -size) for at, size in map(places.get, jsons)
-                        if caption_in(read_part(path, at, size)) is not None]
-        spans[key] = *places[images[0]], *(captions + [(0, 0)])[0]
+        captions = [places[name] for name in texts] or [(at, -size) for at, size in map(places.get, jsons)
+                                                        if caption_in(read_part(path, at, size)) is not None]
+        spans[key] = *places[images[0]], *(captions or [(0, 0)])[0]
     return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
 
 
@@ -363,7 +358,7 @@ def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict
     keys, spans, problems, left_out = read_shard(path)
     left_out["shards hold no images"] = [] if keys else [str(path)]
     if captions != path:
-        del left_out[NO_IMAGE]
+        left_out.pop(NO_IMAGE, None)
         missing = [] if captions.exists() else [str(captions)]
         left_out["shards have no captions, as their files are not there"] = missing
         lines, bad = ({}, []) if missing else read_captions(captions)

@@ -195,21 +195,21 @@ class Log:
     taken out, as they come again."""
 
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
-        self.run_dir, self.is_writer, self.board = run_dir, RANK == 0, None
+        self.run_dir, self.board = run_dir, None
         path, records = run_dir and run_dir / "log.jsonl", []
-        for line in path.open() if run_dir and self.is_writer and path.exists() else []:
+        for line in path.open() if run_dir and RANK == 0 and path.exists() else []:
             with suppress(ValueError):  # an incomplete line, which a full disk leaves
                 records.append(json.loads(line))
         self.records = all_gather([record for record in records if record["step"] <= start])[0]
         self.write("log.jsonl", lambda path: write_lines(path, map(json.dumps, self.records)))
-        if tensorboard and run_dir and self.is_writer:
+        if tensorboard and run_dir and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1)
 
     def write(self, name: str, write, on_any_rank: bool = False) -> None:
         """Calls write(RUN_DIR/NAME)."""
-        if self.run_dir and (self.is_writer or on_any_rank):
+        if self.run_dir and (RANK == 0 or on_any_rank):
             try:
                 write(self.run_dir / name)
             except OSError as error:
