@@ -3033,6 +3033,10 @@ def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, toleranc
 def test_latents_ahead_are_refused_when_the_images_have_changed(tiny, tmp_path):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32"])
+    about = json.loads((data / "latents.json").read_text())
+    assert about.pop("resize") == "bicubic"
+    (data / "latents.json").write_text(json.dumps(about))  # as older ones are
+    assert ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))[0]["moments"].isfinite().all()
     (data / "00.png").unlink()
     with pytest.raises(SystemExit, match="they are of other images"):
         train_tiny(tiny, tmp_path / "out", data=data, latents=True)

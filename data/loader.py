@@ -388,7 +388,7 @@ def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.nd
     folder = dataset.folder
     try:
         moments, done = [np.load(folder / f"latents{kind}.npy", mode) for kind in ("", ".done")]
-        if read_json(folder / "latents.json") != describe_latents(dataset, model):
+        if {"resize": "bicubic"} | read_json(folder / "latents.json") != describe_latents(dataset, model):
             raise ValueError("they are of other images or another model")
         if not len(moments) == len(done) == len(dataset) or (mode == "r" and (done == 0).any()):
             raise ValueError("they are not finished")
@@ -400,10 +400,9 @@ def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.nd
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
-    """What latents depend on; kept beside them."""
-    other = {"resize": dataset.resize} if dataset.resize != "bicubic" else {}
-    return other | dict(diffusion_model=model, image_size=dataset.size, images=len(dataset),
-                        data=dataset.fingerprint)
+    """What latents depend on; kept beside them. Older ones say no resize, and are bicubic."""
+    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize, images=len(dataset),
+                data=dataset.fingerprint)
 
 
 @lru_cache(maxsize=1)
