@@ -99,10 +99,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
     without one is unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a folder
-    of images, to replace their texts; images without a line there are left out. latents_of:
-    the text-to-image model whose moments data/latents.py has computed ahead; None: no moments. `fingerprint`
-    is the same as long as the samples are; `problems` are sentences about what is there and cannot be used.
-    Raises ValueError if there is nothing to read."""
+    of images, to replace their texts; images without a line there are left out. latents_of: the model whose
+    moments data/latents.py has computed ahead; None: no moments. `fingerprint` is the same as long as the
+    samples are; `problems` are sentences about what cannot be used. Raises ValueError if that is all."""
 
     attempts = 1000
 

@@ -134,8 +134,8 @@ class Checkpointer:
                 raise ValueError(f"{self.run_dir} was started with {name} {before}, and now it is {value}:"
                                  " give it as it was, or add --accept_changes")
         if trainer["step"] > self.started_with["max_steps"]:
-            limit = f"past max_steps {self.started_with['max_steps']:,}"
-            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is {limit}")
+            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is past max_steps"
+                             f" {self.started_with['max_steps']:,}")
         saved = read_weights(checkpoint, "optimizer")
         for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
             for kind in ("step", "exp_avg", "exp_avg_sq"):
