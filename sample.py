@@ -168,8 +168,7 @@ def main(argv=None) -> int:
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
-                part = f" at {split}" if args.split is not None else ""
-                names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
+                names = [(f"{paths[0]} + {paths[1]} at {split}", f"{paths[0].stem}+{paths[1].stem}")]
                 rows = [[*images]]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []

@@ -31,7 +31,6 @@ IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tif
 COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
 INDEX_VERSION = 4  # of what read_shard takes from a shard
 SECOND_IMAGE = "images beside another of their key are left out"
-NO_IMAGE = "texts have no image"
 
 
 def find_files(top: Path) -> SimpleNamespace:
@@ -335,7 +334,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
         left_out["files are of other kinds"] += {*names} - {*images, *texts, *jsons}
         left_out[SECOND_IMAGE] += images[1:]
         if not images:
-            left_out[NO_IMAGE] += texts
+            left_out["texts have no image"] += texts
             continue
         captions = [places[name] for name in texts] or [(at, -size) for at, size in map(places.get, jsons)
                                                         if caption_in(read_part(path, at, size)) is not None]
@@ -357,7 +356,6 @@ def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict
     keys, spans, problems, left_out = read_shard(path)
     left_out["shards hold no images"] = [] if keys else [str(path)]
     if captions != path:
-        left_out.pop(NO_IMAGE, None)
         missing = [] if captions.exists() else [str(captions)]
         left_out["shards have no captions, as their files are not there"] = missing
         lines, bad = ({}, []) if missing else read_captions(captions)
