@@ -28,7 +28,7 @@ from data.loader import find_files
 from data.results import Results, panel, report, write_beside
 from data.run import checkpoint_fingerprint
 from data.settings import Count, Steps, NonNegative, printable, read_settings
-from vlv import VLV, find_checkpoint, load_config, select_dtype, to_pixels
+from vlv import VLV, find_checkpoint, load_config, select_dtype
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
 
@@ -74,8 +74,6 @@ def choose_checkpoint(args: SampleConfig) -> Path:
         raise ValueError("--mix names its two images itself, and draws: leave images and --captions_only out")
     if (args.num_captions > 1 or args.top_p < 1) and not args.temperature:
         raise ValueError("--num_captions and --top_p are for sampled captions: add --temperature 1")
-    if args.draw_with and args.captions_only:
-        raise ValueError("--draw_with draws: leave --captions_only out")
     if args.beside and (args.mix or config.stage == 1):
         raise ValueError("--beside writes captions of images: it needs stage 2, and no --mix")
     if args.split is not None and not args.mix:
@@ -92,21 +90,18 @@ def find_images(args: SampleConfig, results: Results) -> tuple[list[Path], list[
     files, problems = [], []
     for name in args.mix or args.images or [TOY.parent / "example.png"]:
         found = find_files(name)
-        is_meant = name.is_file() and not found.shards and not found.problems
-        images = [path for path in ([name] if is_meant else found.images) if path.resolve() not in drawn]
+        images = [path for path in found.images if path.resolve() not in drawn]
         files += images
         problems += found.problems
         if found.shards:
             problems.append(f"{name}: for shards there is python data/caption.py {name} --out captions")
-        elif not name.exists():
-            problems.append(f"{name}: there is no such file")
         elif not images and not found.problems:
-            problems.append(f"{name}: the folder holds no images")
-        if found.others and name.is_dir():
+            problems.append(f"{name}: no images are there")
+        if found.others:
             count = len(found.others)
             tqdm.write(f"no images: {count} files, such as {printable(found.others[0])}", file=sys.stderr)
-    if args.mix and (problems or any(map(os.path.isdir, args.mix))):
-        raise ValueError(f"--mix takes two image files: {problems[0] if problems else 'a folder is none'}")
+    if args.mix and (problems or len(files) != 2):
+        raise ValueError(f"--mix takes two image files: {'; '.join(problems) or f'here are {len(files)}'}")
     return files, problems
 
 
@@ -162,11 +157,10 @@ def main(argv=None) -> int:
             pictures = []
             for path in files[at : at + size]:
                 try:
-                    pixels = to_pixels(path, model.config.image_size, model.config.resize, args.fit)
-                    pictures.append((path, pixels))
+                    pictures.append((path, model.pixels(path, args.fit)[0].cpu()))
                 except OSError as error:
-                    problems.append(f"{path}: cannot be read as an image: {' '.join(str(error).split())}")
-            if not pictures or (args.mix and len(pictures) < 2):
+                    problems.append(" ".join(str(error).split()))
+            if len(pictures) < (2 if args.mix else 1):
                 continue
             paths, images = zip(*pictures)
             token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
@@ -174,8 +168,7 @@ def main(argv=None) -> int:
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split
                 token_embeds = torch.cat([token_embeds[0, :split], token_embeds[1, split:]])[None]
-                part = f" at {split}" if args.split is not None else ""
-                names = [(" + ".join(map(str, paths)) + part, "+".join(path.stem for path in paths))]
+                names = [(f"{paths[0]} + {paths[1]} at {split}", f"{paths[0].stem}+{paths[1].stem}")]
                 rows = [[*images]]
             prompt_embeds = model.decoder.encode_text(token_embeds)  # c, (B, N, D)
             captions, columns = [[None]] * len(names), []

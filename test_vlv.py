@@ -1853,7 +1853,7 @@ def test_captions_of_a_wrong_kind_are_named_and_the_others_used(tiny, tmp_path):
     (tmp_path / "captions" / "0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     dataset = ImageTextDataset(tmp_path, 4, with_captions=True, captions=tmp_path / "captions")
     said = "\n".join(dataset.problems)
-    assert len(dataset) == 1 and dataset[0]["caption"] == "zero" and "begins no line with image and caption, nor do 1 others" in said
+    assert len(dataset) == 1 and dataset[0]["caption"] == "zero" and "2 lines lack image or caption, the first at byte" in said
     assert "2 images have no line among the captions" in said
     (tmp_path / "captions" / "0.jsonl").rename(tmp_path / "captions" / "1.jsonl")
     with pytest.raises(ValueError, match="shards have no captions, as their files are not there, such as .*0.jsonl"):
@@ -2024,9 +2024,9 @@ def test_letters_that_the_font_lacks_are_not_drawn_as_boxes():
     (dict(encoder_image_size=2048), "BART has 128 positions|must be from"),
     (dict(stage=2, max_caption_tokens=40_000), "the LLM has only 32768 positions"),
     (dict(diffusion_model="./nowhere"), "nowhere does not exist"),
-    (dict(data="README.md"), "README.md is a file: name a folder"),
+    (dict(data="README.md"), "README.md does not exist, or is a file: name a folder"),
     (dict(precision="fp16"), "must be one of auto, fp32, bf16"),
-    (dict(data=""), "data folder's name is empty"),
+    (dict(data=""), "data folder  does not exist, or is a file: name a folder"),
 ])
 def test_settings_that_cannot_be_get_one_sentence(tiny, tmp_path, more, sentence):
     more = dict(init_from=tmp_path / "ckpt") | more if more.get("stage") == 2 else more
@@ -2704,7 +2704,7 @@ def test_sample_does_the_readable_ones_and_names_the_others(tmp_path, capsys):
     assert code == 1
     assert [line.split(": ")[0] for line in printed.out.splitlines()] == [str(images / "a.png"), str(images / "deeper" / "a.jpg")]
     problems = [line for line in printed.err.splitlines() if line.startswith("error:")]
-    assert len(problems) == 2 and "missing.png: there is no such file" in problems[0] and "broken.png" in problems[1]
+    assert len(problems) == 2 and "missing.png: No such file" in problems[0] and "broken.png" in problems[1]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "a-2.png", "a.png", "captions.jsonl", "index.html"]
     records = [json.loads(line) for line in open(tmp_path / "out" / "captions.jsonl")]
     assert [f"{r['image']}: {r['caption']}" for r in records] == printed.out.splitlines()
@@ -2801,7 +2801,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(tmp_path):
     (["--ckpt", ""], "the checkpoint's name is empty"),
     (["--out", ""], "--out: it is ''"),
     (["--mix", str(TOY.parent / "example.png"), str(TOY)], "--mix takes two image files"),
-    (["--mix", "a.png", "b.png"], "a.png: there is no such file"),
+    (["--mix", "a.png", "b.png"], "a.png: No such file"),
     (["c.png", "--mix", "a.png", "b.png"], "--mix names its two images itself"),
     (["--mix", *[str(TOY.parent / "example.png")] * 2, "--split", "99"], "split is 99, but the checkpoint has 40"),
     (["--ckpt", "nowhere"], "no checkpoint in nowhere"),
@@ -3249,6 +3249,10 @@ def test_two_gpus_learn_as_one_does(tiny, tmp_path):
 def test_latents_ahead_are_refused_when_the_images_have_changed(tiny, tmp_path):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32"])
+    about = json.loads((data / "latents.json").read_text())
+    assert about.pop("resize") == "bicubic"
+    (data / "latents.json").write_text(json.dumps(about))  # as older ones are
+    assert ImageTextDataset(data, 32, latents_of=str(tiny / "sd"))[0]["moments"].isfinite().all()
     (data / "00.png").unlink()
     with pytest.raises(SystemExit, match="they are of other images"):
         train_tiny(tiny, tmp_path / "out", data=data, latents=True)

@@ -4,7 +4,6 @@ Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes th
 resumes at once.
 """
 
-import filecmp
 import hashlib
 import io
 import json
@@ -12,6 +11,7 @@ import os
 import posixpath
 import re
 import tarfile
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +30,7 @@ IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tif
                       " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
 COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
 INDEX_VERSION = 4  # of what read_shard takes from a shard
-# Reasons why it leaves something out
-SECOND_IMAGE, NO_IMAGE = "images beside another of their key are left out", "texts have no image"
-TWICE, OTHER_KIND = "names come twice, and the last is taken", "files are of other kinds"
+SECOND_IMAGE = "images beside another of their key are left out"
 
 
 def find_files(top: Path) -> SimpleNamespace:
@@ -42,7 +40,7 @@ def find_files(top: Path) -> SimpleNamespace:
     files, seen = [top] if top.is_file() else [], set()
     found = SimpleNamespace(images=[], shards=[], texts=[], others=[], problems=[])
     fail = lambda error: found.problems.append(f"{printable(error.filename)}: {error.strerror}")
-    for root, folders, names in os.walk(top, followlinks=True, onerror=fail) if top.is_dir() else ():
+    for root, folders, names in () if files else os.walk(top, followlinks=True, onerror=fail):
         real = os.path.realpath(root)
         if real in seen:  # a link led back
             folders.clear()
@@ -89,11 +87,10 @@ def read_captions(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
                 if caption:
                     found[image] = at, -len(line)
             except (ValueError, KeyError, TypeError, RecursionError):
-                bad.append(f"{path}: byte {at:,} begins no line with image and caption")
+                bad.append(at)
             at += len(line)
-    if len(bad) > 1:
-        bad[0] += f", nor do {len(bad) - 1:,} others"
-    return found, bad[:1]
+    about = [f"{path}: {len(bad):,} lines lack image or caption, the first at byte {bad[0]:,}"] if bad else []
+    return found, about
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -101,22 +98,17 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
     without one is unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a folder
-    of images, to replace their texts; images without a line there are left out. latents_of:
-    the text-to-image model whose moments data/latents.py has computed ahead; None: no moments. `fingerprint`
-    is the same as long as the samples are; `problems` are sentences about what is there and cannot be used.
-    Raises ValueError if there is nothing to read."""
+    of images, to replace their texts; images without a line there are left out. latents_of: the model whose
+    moments data/latents.py has computed ahead; None: no moments. `fingerprint` is the same as long as the
+    samples are; `problems` are sentences about what cannot be used. Raises ValueError if that is all."""
 
     attempts = 1000
 
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
         self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
-        if not str(folder):
-            raise ValueError("the data folder's name is empty")
-        if not self.folder.is_dir():
-            is_file = self.folder.exists()
-            hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
-            raise ValueError(f"data folder {folder} {hint}")
+        if not str(folder) or not self.folder.is_dir():
+            raise ValueError(f"data folder {folder} does not exist, or is a file: name a folder")
         found = find_files(self.folder)
         self.problems, self.files = found.problems, found.shards or found.images
         if found.shards:
@@ -187,9 +179,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         try:
             if self.with_captions:
                 text = read_part(self.text_files[number], text_at, abs(text_size)) if text_size else b""
-                if text_size < 0:
-                    text = (json.loads(text)["caption"] or "").encode(errors="replace")
-                caption = text.decode("utf-8-sig").strip()
+                caption = (caption_in(text) or "" if text_size < 0 else text.decode("utf-8-sig")).strip()
                 if not caption:
                     raise OSError("no caption")
             image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize)
@@ -214,30 +204,25 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if captions:
             if not cache.is_dir():
                 raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            names = [path.relative_to(self.folder).with_suffix(".jsonl") for path in self.files]
-            self.text_files = [cache / name for name in names]
+            self.text_files = [cache / f.relative_to(self.folder).with_suffix(".jsonl") for f in self.files]
         if images:
             loose = f"{len(images):,} images beside the tar shards are left out"
             self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
-        files = [(path, str(path.relative_to(self.folder))) for path in self.files]
-        if captions:
-            files += [(path, str(path.relative_to(cache))) for path in self.text_files if path.exists()]
-        stamp = [[name, file.stat().st_size, file.stat().st_mtime_ns] for file, name in files]
+        tops = {path: self.folder for path in self.files} | {path: cache for path in self.text_files}
+        stamp = [[str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns]
+                 for path, top in tops.items() if path.exists()]
         if not os.access(cache, os.W_OK):
             cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
         array_file, about_file = cache / "index.bin", cache / "index.json"
         try:
             about = read_json(about_file)
-            here = dict(version=INDEX_VERSION, shards=stamp, fingerprint=index_fingerprint(array_file, stamp))
-            is_right = here.items() <= about.items()
-        except (OSError, ValueError):  # none yet, or a damaged one
-            is_right = False
-        if not is_right:
+            if about != about | describe_index(array_file, stamp):
+                raise ValueError
+        except (OSError, ValueError):  # none yet, a damaged one, or one of other files
             try:
                 cache.mkdir(parents=True, exist_ok=True)
                 problems = write_atomically(array_file, self.write_index)
-                about = dict(version=INDEX_VERSION, shards=stamp, problems=problems,
-                             fingerprint=index_fingerprint(array_file, stamp))
+                about = describe_index(array_file, stamp) | {"problems": problems}
                 write_json(about_file, about)
             except OSError as error:
                 where = error.filename or f"{cache}, or /dev/shm"
@@ -255,9 +240,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
             for number, (spans, broken, others) in enumerate(found):
                 np.insert(spans, 0, number, axis=1).tofile(file)
                 problems += broken
-                for reason, (many, example) in others.items():
-                    before, first = left_out.get(reason, (0, example))
-                    left_out[reason] = before + many, first
+                for reason, names in others.items():
+                    many, example = left_out.get(reason, (0, names[0]))
+                    left_out[reason] = many + len(names), example
         for reason, (many, example) in left_out.items():
             problems.append(printable(f"{self.folder}: {many:,} {reason}, such as {example}"))
         if not path.stat().st_size:
@@ -266,20 +251,19 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return problems
 
 
+def identity(path: Path) -> tuple:
+    """The same for all names of a file, and for a shard and its copies."""
+    state = path.stat()
+    if path.suffix.lower() == ".tar":  # shards that begin alike share their first sample
+        return state.st_size, hashlib.sha256(read_part(path, 0, 2**16)).digest()
+    return state.st_dev, state.st_ino
+
+
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
     """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    files, shards_of_size = {}, {}
-    for path in a.files:
-        state = path.stat()
-        files[state.st_dev, state.st_ino] = path
-        if path.suffix.lower() == ".tar":
-            shards_of_size.setdefault(state.st_size, []).append(path)
+    files = {identity(path): path for path in a.files}
     for path in b.files:
-        state = path.stat()
-        same = files.get((state.st_dev, state.st_ino))
-        others = shards_of_size.get(state.st_size, [])
-        same = same or next((other for other in others if filecmp.cmp(other, path, shallow=False)), None)
-        if same:
+        if same := files.get(identity(path)):
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
@@ -308,7 +292,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
 
     As in webdataset, a sample's key ends at the first dot of the file's name: KEY.jpg and KEY.txt belong
     together, and so do KEY.image.png, KEY.mask.png and KEY.caption.txt."""
-    places, links, problems, samples, again = {}, {}, [], {}, []
+    places, links, problems, samples, left_out = {}, {}, [], defaultdict(list), defaultdict(list)
     try:
         end = path.stat().st_size
         if read_part(path, 0, 2) == b"\x1f\x8b":
@@ -317,7 +301,7 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
             for member in tar:
                 name = posixpath.normpath(member.name)
                 if name in places:
-                    again.append(name)
+                    left_out["names come twice, and the last is taken"].append(name)
                 if member.isfile():
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("it ends in the middle of a file")
@@ -340,63 +324,58 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, 
     for name in places:
         folder, file = posixpath.split(name)
         if not file.startswith("."):  # ._KEY.jpg is what macOS adds
-            samples.setdefault(posixpath.join(folder, file.split(".")[0]), []).append(name)
-    spans, left_out = {}, {SECOND_IMAGE: [], NO_IMAGE: [], TWICE: again, OTHER_KIND: []}
+            samples[posixpath.join(folder, file.split(".")[0])].append(name)
+    spans = {}
     for key, names in samples.items():
         # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
         names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
         of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
         images, texts, jsons = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), of_kind(".json")
-        left_out[OTHER_KIND] += {*names} - {*images, *texts, *jsons}
+        left_out["files are of other kinds"] += {*names} - {*images, *texts, *jsons}
         left_out[SECOND_IMAGE] += images[1:]
         if not images:
-            left_out[NO_IMAGE] += texts
+            left_out["texts have no image"] += texts
             continue
-        captions = [places[name] for name in texts]
-        if not texts:
-            captions = [(at, -size) for at, size in map(places.get, jsons) if has_caption(path, at, size)]
-        spans[key] = *places[images[0]], *(captions + [(0, 0)])[0]
+        captions = [places[name] for name in texts] or [(at, -size) for at, size in map(places.get, jsons)
+                                                        if caption_in(read_part(path, at, size)) is not None]
+        spans[key] = *places[images[0]], *(captions or [(0, 0)])[0]
     return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
 
 
-def has_caption(path: Path, at: int, size: int) -> bool:
-    """Whether this part of the file is JSON with a "caption"."""
+def caption_in(record: bytes) -> str | None:
+    """The "caption" of a JSON object, if it is a text."""
     try:
-        return isinstance(json.loads(read_part(path, at, size))["caption"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return json.loads(record)["caption"].encode(errors="replace").decode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
-def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict]:
-    """What read_shard says, without the keys; of what is left out {reason: (how many, an example)}. captions:
-    the shard itself, or JSON lines to replace its texts; images without a line are left out."""
+def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
+    """What read_shard says, without the keys. captions: the shard itself, or JSON lines to replace its texts;
+    images without a line are left out."""
     keys, spans, problems, left_out = read_shard(path)
-    left_out = {kind: (len(names), names[0]) for kind, names in left_out.items() if names}
-    if not keys:
-        left_out["shards hold no images"] = 1, str(path)
-    if captions == path:
-        return spans, problems, left_out
-    left_out.pop(NO_IMAGE, None)
-    if not captions.exists():
-        left_out["shards have no captions, as their files are not there"] = 1, str(captions)
-        return spans[:0], problems, left_out
-    lines, bad = read_captions(captions)
-    texts = {f"/{image}".partition(f"/{captions.stem}.tar/")[2]: place for image, place in lines.items()}
-    kept = [i for i, key in enumerate(keys) if key in texts]
-    for reason, count in [("images have no line among the captions", len(keys) - len(kept)),
-                          ("lines of captions are of no image here", len(lines) - len(kept))]:
-        if count:
-            left_out[reason] = count, str(captions)
-    spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    return spans[kept], problems + bad, left_out
+    left_out["shards hold no images"] = [] if keys else [str(path)]
+    if captions != path:
+        missing = [] if captions.exists() else [str(captions)]
+        left_out["shards have no captions, as their files are not there"] = missing
+        lines, bad = ({}, []) if missing else read_captions(captions)
+        key_of = lambda image: f"/{image}".partition(f"/{captions.stem}.tar/")[2]
+        texts = {key_of(image): place for image, place in lines.items()}
+        kept = [i for i, key in enumerate(keys) if key in texts]
+        left_out["images have no line among the captions"] = [key for key in keys if key not in texts]
+        left_out["lines of captions are of no image here"] = [str(captions)] * (len(lines) - len(kept))
+        spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
+        spans, problems = spans[kept], problems + bad
+    return spans, problems, {reason: names for reason, names in left_out.items() if names}
 
 
-def index_fingerprint(array_file: Path, stamp: list) -> str:
-    """A hash of the shards' names and sizes, and of every sample's place in them."""
+def describe_index(array_file: Path, stamp: list) -> dict:
+    """What index.json says of index.bin. The fingerprint is of the shards' names and sizes, and of every
+    sample's place in them."""
     with open(array_file, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps([shard[:2] for shard in stamp]).encode())
-    return digest.hexdigest()
+    return dict(version=INDEX_VERSION, shards=stamp, fingerprint=digest.hexdigest())
 
 
 def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.ndarray, np.ndarray]:
@@ -406,7 +385,7 @@ def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.nd
     folder = dataset.folder
     try:
         moments, done = [np.load(folder / f"latents{kind}.npy", mode) for kind in ("", ".done")]
-        if read_json(folder / "latents.json") != describe_latents(dataset, model):
+        if {"resize": "bicubic"} | read_json(folder / "latents.json") != describe_latents(dataset, model):
             raise ValueError("they are of other images or another model")
         if not len(moments) == len(done) == len(dataset) or (mode == "r" and (done == 0).any()):
             raise ValueError("they are not finished")
@@ -418,10 +397,9 @@ def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.nd
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
-    """What latents depend on; kept beside them."""
-    other = {"resize": dataset.resize} if dataset.resize != "bicubic" else {}
-    return other | dict(diffusion_model=model, image_size=dataset.size, images=len(dataset),
-                        data=dataset.fingerprint)
+    """What latents depend on; kept beside them. Older ones say no resize, and are bicubic."""
+    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize, images=len(dataset),
+                data=dataset.fingerprint)
 
 
 @lru_cache(maxsize=1)

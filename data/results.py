@@ -96,14 +96,13 @@ class Results:
             try:
                 record = json.loads(line)
                 record = {key: record[key] for key in ("image", "caption", "picture")} | record
+                if record["picture"] and not (folder / record["picture"]).exists():
+                    record |= {"picture": None, "made_of": None}  # it is to be drawn again
                 self.records[record["image"]] = record
             except (ValueError, KeyError, TypeError):
                 if line.endswith("\n"):  # else it is half a line of a call that was killed
                     hint = "was not written by this program: choose another --out"
                     raise ValueError(f"{self.path} {hint}") from None
-        for record in self.records.values():
-            if record["picture"] and not (folder / record["picture"]).exists():
-                record |= {"picture": None, "made_of": None}  # it is to be drawn again
         self.finish()
 
     def add(self, image: str, caption: str | None, picture: Image.Image | None, stem: str, **more) -> dict:

@@ -134,8 +134,8 @@ class Checkpointer:
                 raise ValueError(f"{self.run_dir} was started with {name} {before}, and now it is {value}:"
                                  " give it as it was, or add --accept_changes")
         if trainer["step"] > self.started_with["max_steps"]:
-            limit = f"past max_steps {self.started_with['max_steps']:,}"
-            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is {limit}")
+            raise ValueError(f"{self.run_dir} is at step {trainer['step']:,}, which is past max_steps"
+                             f" {self.started_with['max_steps']:,}")
         saved = read_weights(checkpoint, "optimizer")
         for p in [p for group in self.optimizer.param_groups for p in group["params"]] if saved else []:
             for kind in ("step", "exp_avg", "exp_avg_sq"):
@@ -195,21 +195,21 @@ class Log:
     taken out, as they come again."""
 
     def __init__(self, run_dir: Path | None, start: int, tensorboard: bool = False):
-        self.run_dir, self.is_writer, self.board = run_dir, RANK == 0, None
+        self.run_dir, self.board = run_dir, None
         path, records = run_dir and run_dir / "log.jsonl", []
-        for line in path.open() if run_dir and self.is_writer and path.exists() else []:
+        for line in path.open() if run_dir and RANK == 0 and path.exists() else []:
             with suppress(ValueError):  # an incomplete line, which a full disk leaves
                 records.append(json.loads(line))
         self.records = all_gather([record for record in records if record["step"] <= start])[0]
         self.write("log.jsonl", lambda path: write_lines(path, map(json.dumps, self.records)))
-        if tensorboard and run_dir and self.is_writer:
+        if tensorboard and run_dir and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1)
 
     def write(self, name: str, write, on_any_rank: bool = False) -> None:
         """Calls write(RUN_DIR/NAME)."""
-        if self.run_dir and (self.is_writer or on_any_rank):
+        if self.run_dir and (RANK == 0 or on_any_rank):
             try:
                 write(self.run_dir / name)
             except OSError as error:
@@ -256,13 +256,12 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(24)
     log = lambda value: math.log10(max(value, 1e-9))
     lines = {name: [(r["step"], log(r[name])) for r in records if r.get(name) is not None] for name in COLORS}
-    lines = {name: line for name, line in lines.items() if line or name == "loss"}
-    points = [point for line in lines.values() for point in line] or [(0, 0.0)]
-    (first, last), (low, high) = [(min(values), max(values)) for values in zip(*points)]
-    x = lambda step: 120 + 1040 * (step - first) / ((last - first) or 1)
-    y = lambda value: 740 - 660 * (value - low) / ((high - low) or 1)
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        step, value = first + part * (last - first), low + part * (high - low)
+    lines = {name: line for name, line in lines.items() if line}
+    points = np.array([point for line in lines.values() for point in line] or [(0, 0.0)])
+    (first, low), (last, high) = points.min(0), points.max(0)
+    x = lambda step: np.interp(step, [first, last], [120, 1160])
+    y = lambda value: np.interp(value, [low, high], [740, 80])
+    for step, value in np.linspace((first, low), (last, high), 5):
         draw.line([(120, y(value)), (1160, y(value))], "#e4e4e4", 2)
         draw.text((110, y(value)), f"{10 ** value:.3g}", "black", font, "rm")
         draw.text((x(step), 752), f"{step:.6g}", "black", font, "ma")
@@ -270,8 +269,7 @@ def draw_curves(path: Path, records: list[dict]) -> None:
         pixels = [(x(step), y(value)) for step, value in line]
         draw.text((120 + 360 * (number // 2), 8 + 32 * (number % 2)), name, COLORS[name], font)
         draw.line(pixels, COLORS[name], 4)
-        for end in pixels[-1:]:
-            draw.circle(end, 6, COLORS[name])
+        draw.circle(pixels[-1], 6, COLORS[name])
     write_atomically(path, lambda file: image.save(file, "png"))
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from dataclasses import MISSING, fields
-from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -24,32 +23,38 @@ Steps = Annotated[int, 1, 1000]  # of denoising
 TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def describe(kind) -> str:
-    """What a value of this type is, in words."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, options))
-    if get_origin(kind) is Annotated:
-        to = f" to {options[2]:,}" if options[2] < 10**9 else ""
-        return f"a {'whole ' * (options[0] is int)}number from {options[1]:,}{to}"
-    return {bool: "true or false", str: "text", Path: "a path"}[kind]
+def reader(kind) -> dict:
+    """How argparse reads a value of this type: its options "type" and so on, and, as "help", what the value
+    is. A value out of the type's range is an ArgumentTypeError."""
+    origin, options = get_origin(kind), get_args(kind)
+    if NoneType in options:  # int | None
+        return reader(options[0])
+    if origin is tuple:
+        return reader(options[0]) | {"nargs": "*" if Ellipsis in options else len(options)}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": "true or false"}
+    about = {str: "text", Path: "a path"}.get(kind)
+    if origin is Literal:
+        about = "one of " + ", ".join(map(str, options))
+    if origin is Annotated:
+        number, low, high = options
+        to = f" to {high:,}" if high < 10**9 else ""
+        about = f"a {'whole ' * (number is int)}number from {low:,}{to}"
+
+    def convert(text: str):
+        try:
+            if origin is Literal:
+                return next(option for option in options if str(option) == text)
+            value = number(text) if origin is Annotated else kind(text)
+            if (origin is Annotated and not low <= value <= high) or (kind is Path and not text):
+                raise ValueError
+            return value
+        except (ValueError, OverflowError, StopIteration):
+            raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {about}") from None
+
+    return {"type": convert, "help": about}
 
 
-def convert(text: str, kind):
-    """The value that a text means. Raises ArgumentTypeError if it is out of the type's range."""
-    options = get_args(kind)
-    try:
-        if get_origin(kind) is Literal:
-            return next(option for option in options if str(option) == text)
-        value = (options[0] if options else kind)(text)
-        if (options and not options[1] <= value <= options[2]) or (kind is Path and not text):
-            raise ValueError
-        return value
-    except (ValueError, OverflowError, StopIteration):
-        raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {describe(kind)}") from None
-
-
-@lru_cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
     found, field = {}, r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
@@ -66,24 +71,15 @@ def parse(cls, argv, doc: str, defaults: dict | None = None) -> dict:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in fields(cls):
-        kind = field.type
-        if NoneType in get_args(kind):  # int | None
-            kind = next(k for k in get_args(kind) if k is not NoneType)
-        items = get_args(kind) if get_origin(kind) is tuple else (kind,)
-        about = describe(items[0])
-        about = about.replace("one of", "any of") if get_origin(kind) is tuple else about
-        about = "; ".join(text for text in (about, comments.get(field.name)) if text).replace("%", "%%")
-        options = {"type": lambda text, kind=items[0]: convert(text, kind), "help": about}
-        if get_origin(kind) is tuple:
-            options["nargs"] = "*" if Ellipsis in items else len(items)
+        options = reader(field.type)
+        about = "; ".join(filter(None, [options["help"], comments.get(field.name)])).replace("%", "%%")
         if field.default is MISSING:
-            parser.add_argument(field.name, **options, **({"default": []} if Ellipsis in items else {}))
-            continue
-        default = defaults.get(field.name, field.default)
-        options["help"] += f" (default: {'none' if default in (None, '', ()) else default})"
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
-        parser.add_argument(f"--{field.name}", **options)
+            default = {"default": []} if options.get("nargs") == "*" else {}
+            parser.add_argument(field.name, **options | default | {"help": about})
+        else:
+            default = defaults.get(field.name, field.default)
+            about += f" (default: {'none' if default in (None, '', ()) else default})"
+            parser.add_argument(f"--{field.name}", **options | {"help": about})
 
     def fail(message: str):
         raise ValueError(message.removeprefix("argument "))
