@@ -3041,7 +3041,7 @@ def test_compiled_parts_compute_the_same_and_other_lengths_compile_nothing_new(t
             torch.testing.assert_close(ours[name], theirs[name], rtol=0.05, atol=0.02 * theirs[name].abs().max().item())
         torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-3, atol=0)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert 5 <= graphs[0] == graphs[-1]
+    assert graphs[0] == graphs[-1] == 8
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         c = plain.eval().embed(batch["image"])
     assert compiled.eval().caption_head.generate(c) == plain.caption_head.generate(c)
@@ -3055,16 +3055,15 @@ def test_a_compiled_run_compiles_its_steps_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(VLV, "compile", lambda self: plain_compile(self, backend="aot_eager", fullgraph=True))
     start = train_tiny(tiny, tmp_path / "start", max_steps=1)
     counters = torch._dynamo.utils.counters["stats"]
-    graphs, losses = [], []
-    for name, more in {"plain": {}, "compiled": {"compile": True}, "evaluated": {
-            "compile": True, "val_data": tiny / "val", "eval_interval": 2, "eval_images": 3, "eval_pictures": 2}}.items():
+    losses = []
+    for name, more, graphs in [("plain", {}, 0), ("compiled", {
+            "compile": True, "val_data": tiny / "val", "eval_interval": 2, "eval_images": 3, "eval_pictures": 2}, 8)]:
         torch._dynamo.reset()
         before = counters["unique_graphs"]
         run = train_tiny(tiny, tmp_path / name, stage=2, init_from=start, encoder=tiny / "florence_no_dropout", **more)
         losses.append([line["loss"] for line in read_log(run) if "loss" in line])
-        graphs.append(counters["unique_graphs"] - before)
-    assert graphs[0] == 0 < 6 <= graphs[1] == graphs[2]
-    assert losses[1] == losses[2]
+        # DaViT and its projector, the VAE's encoder, the UNet; a layer of BART's encoder, of its decoder, of CLIP, of the LLM
+        assert counters["unique_graphs"] - before == graphs
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
 
 
@@ -3282,22 +3281,21 @@ def test_an_image_that_cannot_be_read_just_now_gets_no_latents_and_gets_them_lat
         torch.testing.assert_close(again, dataset[3]["moments"], rtol=2e-3, atol=2e-3)
 
 
-def test_every_row_of_the_table_of_speeds_is_measured(tmp_path, capsys):
+def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
     from data import speed
 
     assert {*speed.ROWS} == {*speed.TRAINING, "parts", "captions", "profile"}
-    for row in ("authors", "stage1-384-latents", "stage2", "captions", "parts", "profile"):
-        found = speed.measure(speed.SpeedConfig((row,), quick=True), row)
+    for row in ("stage1-384-latents", "stage2", "captions", "parts", "profile"):
+        found = speed.measure(row, quick=True)
         values = [value for part in found.values() for value in (part.values() if isinstance(part, dict) else [part])]
-        assert len(values) >= 7 and all(map(math.isfinite, values)), row
-        capsys.readouterr()
-        print(speed.describe(row, found, {"images_per_second": 1.0}))
-        assert ("$" in capsys.readouterr().out) == (row in speed.TRAINING)
+        assert len(values) >= 6 and all(map(math.isfinite, values)), row
+        assert ("images/s" in speed.describe(row, found)) == (row in speed.TRAINING)
     for minutes, code in (("5", 0), ("0.01", 1)):
-        command = [sys.executable, "data/speed.py", "--quick", "--out", tmp_path / "speed.json", "--rows", "stage1", "--minutes", minutes]
-        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        command = [sys.executable, "data/speed.py", "--quick", "--out", tmp_path / "speed.json", "--minutes", minutes]
+        result = subprocess.run([*command, "--rows", "authors", "stage1"], cwd=HERE, capture_output=True, text=True)
         row = json.loads((tmp_path / "speed.json").read_text())["stage1"]
         assert result.returncode == code and ("no time was left" in row.get("failed", "")) == (code == 1), result.stdout
+        assert ("times the authors'" in result.stdout) == ("dollars" in row) == (code == 0)
 
 
 def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):

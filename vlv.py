@@ -407,14 +407,15 @@ class CaptionHead(nn.Module):
 
     def has_static_cache(self) -> bool:
         """Whether greedy_search can be used: a sliding window has a length that is no tensor."""
-        if not self.llm._can_compile_fullgraph or getattr(self.llm.config, "alibi", False):
+        config = self.llm.config
+        if not self.llm._can_compile_fullgraph or getattr(config, "alibi", False):
             return False
-        return all(type(layer) is StaticLayer for layer in StaticCache(self.llm.config, max_cache_len=1).layers)
+        return all(type(layer) is StaticLayer for layer in StaticCache(config, max_cache_len=1).layers)
 
     @torch.no_grad()
     def greedy_search(self, prefix: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """The token ids, (B, T), that self.llm.generate finds after prefix, (B, N, width). There each token waits
-        for Python, for one image as long as for 256; here a GPU records a step as a CUDA graph, and replays it."""
+        """Returns the token ids, (B, T), that self.llm.generate finds after prefix, (B, N, width). There each
+        token waits for Python, for one image as long as for 256; here a GPU records a step and replays it."""
         eos = self.tokenizer.eos_token_id
         cache = StaticCache(self.llm.config, max_cache_len=prefix.shape[1] + max_new_tokens)
         output = self.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1)
@@ -504,7 +505,8 @@ class VLV(nn.Module):
         for name in {"bart", "text_encoder", "text_encoder_2", "llm"} & parts.keys():
             for layer in parts[name].modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=name == "llm", **kwargs)  # captions differ in length
+                    # captions differ in length
+                    layer.compile(dynamic=True if name == "llm" else None, **kwargs)
 
     @property
     def learned(self) -> list[str]:

@@ -1,12 +1,12 @@
 """
 Measures the GPU at hand with models of full size and random weights: nothing has to be downloaded.
 
-    python data/speed.py                             # all rows, those that matter most first, for eight minutes
+    python data/speed.py                             # all rows, in the order of their worth, for eight minutes
     python data/speed.py --rows stage1 captions      # some of them
-    python data/speed.py --quick                     # with the toy's models, on any machine: that each row runs
+    python data/speed.py --quick                     # with the toy's models, anywhere: that each row runs
 
-A row is measured in a process of its own, printed, and added to speed.json. One that fails or for which no time
-is left says so, and the others go on. Rates are of one GPU, hours and dollars of the paper's number of images.
+A row is measured in a process of its own, printed, and added to speed.json. One that fails, or for which no
+time is left, says so, and the others go on. Rates are of one GPU, dollars of the paper's number of images.
 """
 
 import json
@@ -48,6 +48,9 @@ TRAINING = {  # row: (stage, flags beside the paper's recipe)
 }
 ROWS = ("authors", "stage1", "captions", "stage2", "stage1-384-latents", "parts", "profile", "stage2-384",
         "stage1-384", "stage1-eager", "stage2-eager")
+UNITS = {"images_per_second": "images/s", "tflop_per_image": "TFLOP an image", "tflop_per_second": "TFLOP/s",
+         "gigabytes": "GB", "seconds_to_first_step": "s to the first step", "gpu_hours": "GPU-hours",
+         "dollars": "dollars", "times_the_authors": "times the authors'"}
 
 
 @dataclass
@@ -63,19 +66,14 @@ class SpeedConfig:
 def train_arguments(stage: int, flags: str, quick: bool) -> list[str]:
     arguments = ["--stage", str(stage), "--random_init", *flags.split()]
     if quick:
-        arguments += ["--config", str(ROOT / "data/shapes/config.json"), "--batch_size", "2", "--num_workers", "0"]
-        arguments += ["--encoder_image_size", "16"] if "384" in flags else []
+        arguments += ["--config", str(ROOT / "data" / "shapes" / "config.json"), "--batch_size", "2"]
+        arguments += ["--num_workers", "0", *["--encoder_image_size", "16"] * ("384" in flags)]
     return arguments
 
 
-def load(stage: int, flags: str, args: SpeedConfig, device: torch.device) -> tuple:
-    """(model, as train.py makes it, its settings, the autocast of its precision)."""
-    config = parse_with_file(train.TrainConfig, train_arguments(stage, flags, args.quick), "")
-    config = train.merge_settings(config, {}, 1)
-    bf16 = device.type == "cuda"
-    model = train.load_model(config, None, device, torch.bfloat16 if bf16 else torch.float32)
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
-    return model, config, autocast
+def train_config(stage: int, flags: str, quick: bool) -> train.TrainConfig:
+    given = parse_with_file(train.TrainConfig, train_arguments(stage, flags, quick), "")
+    return train.merge_settings(given, {}, 1)
 
 
 def milliseconds(function, device: torch.device, times: int) -> float:
@@ -91,26 +89,32 @@ def milliseconds(function, device: torch.device, times: int) -> float:
     return float(np.median(durations[2:]))
 
 
-def measure_training(args: SpeedConfig, device: torch.device, row: str) -> dict:
+def measure_training(row: str, quick: bool, device: torch.device) -> dict:
     """What train.py --benchmark measures; and how long its first step is waited for, imports included."""
     stage, flags = TRAINING[row]
-    steps = "1" if args.quick else "8"
-    meter = train.main([*train_arguments(stage, flags, args.quick), "--benchmark", steps])
+    meter = train.main([*train_arguments(stage, flags, quick), "--benchmark", "1" if quick else "8"])
     first_step = time.perf_counter() - START - sum(seconds for seconds, _ in meter.steps[1:])
     rate = meter.speed(meter.warm_up)["images_per_second"]
-    hours = train.RECIPE[stage]["batch_size"] * train.RECIPE[stage]["max_steps"] / rate / 3600
+    images = train.RECIPE[stage]["batch_size"] * train.RECIPE[stage]["max_steps"]
     return {"images_per_second": rate, "tflop_per_image": meter.flops / 1e12,
             "tflop_per_second": rate * meter.flops / 1e12, "gigabytes": meter.peak() / 1e9,
-            "seconds_to_first_step": first_step, "gpu_hours": hours, "dollars": hours * args.usd_per_gpu_hour}
+            "seconds_to_first_step": first_step, "gpu_hours": images / rate / 3600}
 
 
-def measure_parts(args: SpeedConfig, device: torch.device, row: str) -> dict:
+def as_trained(stage: int, flags: str, quick: bool, device: torch.device) -> tuple:
+    """(model, as train.py makes it; its settings; autocast in its precision)."""
+    config, bf16 = train_config(stage, flags, quick), device.type == "cuda"
+    model = train.load_model(config, None, device, torch.bfloat16 if bf16 else torch.float32)
+    return model, config, lambda: torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
+
+
+def measure_parts(row: str, quick: bool, device: torch.device) -> dict:
     """Milliseconds of each part in stage 1, with 64 images; forward and backward where gradients pass."""
-    model, config, autocast = load(1, "--batch_size 64 --no-compile", args, device)
+    model, config, autocast = as_trained(1, "--batch_size 64 --no-compile", quick, device)
     encoder, decoder, count = model.encoder, model.decoder, config.batch_size
     shape = (count, 3, config.image_size, config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    noise, found = Noise(*(x.to(device) for x in decoder.draw_noise(range(count)))), {}
+    noise = Noise(*(x.to(device) for x in decoder.draw_noise(range(count))))
     with torch.no_grad(), autocast():
         moments, token_embeds = decoder.encode_image(images), encoder(images).float()
         prompt_embeds = decoder.encode_text(token_embeds).float().requires_grad_()
@@ -126,30 +130,29 @@ def measure_parts(args: SpeedConfig, device: torch.device, row: str) -> dict:
             loss.backward()
 
     def measure_all() -> dict:
-        times = 1 if args.quick else 5
+        times = 1 if quick else 5
         return {name: milliseconds(lambda: run(part), device, times) for name, part in parts.items()}
 
-    found["eager"] = measure_all()
+    found = {"eager": measure_all()}
     optimizer, params, _ = train.make_optimizer(model, config)
     step = lambda: (torch.nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
     found["eager"]["clip_and_adamw"] = milliseconds(step, device, 3)
     for net in (decoder.vae, decoder.unet):
         net.to(memory_format=torch.channels_last)
     found["eager, channels_last"] = measure_all()
+    few, steps = prompt_embeds[:8].detach(), 2 if quick else 50
+    drawing = milliseconds(lambda: decoder.reconstruct(few, steps), device, 1)
+    found[f"seconds_to_redraw_an_image_in_{steps}_steps"] = drawing / 1000 / len(few)
     if device.type == "cuda" and can_compile(device):
         model.compile()
         found["compiled, channels_last"] = measure_all()
-    few, steps = prompt_embeds[:8].detach(), 2 if args.quick else 50
-    with torch.compiler.set_stance("force_eager"):
-        seconds = milliseconds(lambda: decoder.reconstruct(few, steps), device, 1) / 1000
-    return found | {f"seconds_to_redraw_an_image_in_{steps}_steps": seconds / len(few)}
+    return found
 
 
-def generate(head, prefix: torch.Tensor, tokens: int) -> torch.Tensor:
+def generate(llm, prefix: torch.Tensor, tokens: int) -> torch.Tensor:
     """transformers' own greedy search."""
     mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-    return head.llm.generate(inputs_embeds=prefix, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
-                             pad_token_id=0)
+    return llm.generate(inputs_embeds=prefix, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0)
 
 
 def write_shard(path: Path, count: int) -> None:
@@ -163,56 +166,57 @@ def write_shard(path: Path, count: int) -> None:
             tar.addfile(member, BytesIO(file.getvalue()))
 
 
-def measure_captions(args: SpeedConfig, device: torch.device, row: str) -> dict:
-    """Milliseconds a token of the LLM; captions a second, from tar to line, of 100 tokens each; and a save."""
-    config = train.merge_settings(parse_with_file(train.TrainConfig, train_arguments(2, "", args.quick), ""), {}, 1)
+@torch.inference_mode()
+def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
+    """Milliseconds a token of the LLM; captions a second, from tar to line, of 100 tokens each; a save."""
+    config = train_config(2, "", quick)
     fields = {name: getattr(config, name) for name in VLVConfig.__dataclass_fields__}
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = VLV.from_pretrained(dtype=dtype, device=device, with_unet=False, **fields)
-    head, found = model.caption_head, {}
+    head, llm, found = model.caption_head, model.caption_head.llm, {}
     head.tokenizer.eos_token = head.tokenizer.decode(len(head.tokenizer) - 1)  # so no caption ends early
-    source = torch.empty(10**6 if args.quick else 2 * 10**9, dtype=torch.uint8, device=device)
+    source = torch.empty(10**6 if quick else 2 * 10**9, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bytes_a_ms = 2 * len(source) / milliseconds(lambda: target.copy_(source), device, 3)  # read and written
-    found["ms_to_read_the_llm_once"] = sum(p.nbytes for p in head.llm.parameters()) / bytes_a_ms
-    few, many, batches = (4, 8, (1, 2)) if args.quick else (20, 100, (1, 64, 256))
-    ways = {"replayed": head.greedy_search, "generate": lambda *given: generate(head, *given)}
-    with torch.inference_mode():
-        for batch in batches:
-            prefix = head.mlp(torch.randn(batch, config.num_queries, model.decoder.embed_dim).to(device, dtype))
-            for way, search in ways.items():
-                short, long = (milliseconds(lambda: search(prefix, n), device, 1) for n in (few, many))
-                found[f"ms_a_token_{way}_{batch}"] = (long - short) / (many - few)
-        if device.type == "cuda" and can_compile(device):
-            model.compile()
-        with TemporaryDirectory() as folder:
-            shard, count = Path(folder, "00000.tar"), 4 if args.quick else 512
-            write_shard(shard, count)
-            how = CaptionConfig((shard,), max_new_tokens=many, batch_size=count // 2)
-            for call in ("warm_up", "captions_per_second"):
-                start = time.perf_counter()
-                for _ in caption_shard(how, model, device, Shard(shard, call, Path(folder))):
-                    pass
-                found[call] = count / (time.perf_counter() - start)
+    found["ms_to_read_the_llm_once"] = sum(p.nbytes for p in llm.parameters()) / bytes_a_ms
+    few, many, batches = (4, 8, (1, 2)) if quick else (20, 100, (1, 64, 256))
+    ways = {"replayed": head.greedy_search, "generate": lambda *given: generate(llm, *given)}
+    for batch in batches:
+        c = torch.randn(batch, config.num_queries, model.decoder.embed_dim, device=device, dtype=dtype)
+        prefix = head.mlp(c)
+        for way, search in ways.items():
+            short, long = (milliseconds(lambda: search(prefix, n), device, 1) for n in (few, many))
+            found[f"ms_a_token_{way}_{batch}"] = (long - short) / (many - few)
+    if device.type == "cuda" and can_compile(device):
+        model.compile()
+    with TemporaryDirectory() as folder:
+        path, count = Path(folder, "00000.tar"), 4 if quick else 512
+        write_shard(path, count)
+        how = CaptionConfig((path,), max_new_tokens=many, batch_size=count // 2)
+        for call in ("captions_per_second_while_compiling", "captions_per_second"):
             start = time.perf_counter()
-            model.save_pretrained(Path(folder, "saved"))
-            found["seconds_to_save"] = time.perf_counter() - start
-            found["gigabytes_saved"] = Path(folder, "saved", "model.safetensors").stat().st_size / 1e9
+            for _ in caption_shard(how, model, device, Shard(path, call, Path(folder))):
+                pass
+            found[call] = count / (time.perf_counter() - start)
+        start = time.perf_counter()
+        model.save_pretrained(Path(folder, "saved"))
+        found["seconds_to_save"] = time.perf_counter() - start
+        found["gigabytes_saved"] = Path(folder, "saved", "model.safetensors").stat().st_size / 1e9
     return found
 
 
-def measure_profile(args: SpeedConfig, device: torch.device, row: str) -> dict:
+def measure_profile(row: str, quick: bool, device: torch.device) -> dict:
     """Milliseconds of a step of stage 2, and of the 15 kernels that take most of it."""
-    model, config, autocast = load(2, "--batch_size 8", args, device)
-    batch = collate([SyntheticDataset(config.image_size, config.max_caption_tokens)[0]] * config.batch_size)
+    model, config, autocast = as_trained(2, "--batch_size 8", quick, device)
+    sample = SyntheticDataset(config.image_size, config.max_caption_tokens)[0]
+    batch, is_gpu = collate([sample] * config.batch_size), device.type == "cuda"
 
-    def step():
+    def step() -> None:
         with autocast():
             loss = train.loss_of(model, batch, device)
         loss.backward()
 
     found = {"step": milliseconds(step, device, 1)}
-    is_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu) as profiler:
         step()
     spent = lambda event: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / 1000
@@ -222,44 +226,44 @@ def measure_profile(args: SpeedConfig, device: torch.device, row: str) -> dict:
     return found | {f"{event.key[:90]} x {event.count}": spent(event) for event in kernels[:15]}
 
 
-def measure(args: SpeedConfig, row: str) -> dict:
-    measures = {"parts": measure_parts, "captions": measure_captions, "profile": measure_profile}
-    return measures.get(row, measure_training)(args, select_device("auto"), row)
+MEASURES = {"parts": measure_parts, "captions": measure_captions, "profile": measure_profile}
 
 
-def describe(row: str, found: dict, authors: dict) -> str:
-    """A row of the README's table, or all values of what is none."""
-    if "images_per_second" not in found:
+def measure(row: str, quick: bool) -> dict:
+    return MEASURES.get(row, measure_training)(row, quick, select_device("auto"))
+
+
+def describe(row: str, found: dict) -> str:
+    if "gpu_hours" not in found:
         return f"{row}: {json.dumps(found, indent=1)}"
-    rate = found["images_per_second"]
-    times = f"{rate / authors['images_per_second']:.1f} x" if "images_per_second" in authors else ""
-    cells = [row, f"{rate:.3g} images/s", times, *(f"{found[name]:,.3g} {unit}" for name, unit in [
-        ("tflop_per_image", "TFLOP an image"), ("tflop_per_second", "TFLOP/s"), ("gigabytes", "GB"),
-        ("seconds_to_first_step", "s to the first step"), ("gpu_hours", "GPU-hours")]), f"${found['dollars']:,.0f}"]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([row, *(f'{found[n]:,.3g} {unit}' for n, unit in UNITS.items() if n in found)])} |"
 
 
 def main(argv=None) -> int:
     args = read_settings(SpeedConfig, argv, __doc__)
     if args.here:
         quiet()
-        print(json.dumps(measure(args, args.rows[0])))
+        print(json.dumps(measure(args.rows[0], args.quick)))
         return 0
-    has_gpu = torch.cuda.is_available()
-    card = torch.cuda.get_device_name() if has_gpu else f"{os.cpu_count()} CPU cores"
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     results, deadline = {"card": card, "torch": torch.__version__}, START + 60 * args.minutes
     print(f"{card}, torch {torch.__version__}", flush=True)
     for row in args.rows:
-        command = [sys.executable, __file__, "--here", "--rows", row, f"--usd_per_gpu_hour={args.usd_per_gpu_hour}"]
-        command += ["--quick"] * args.quick
+        command = [sys.executable, __file__, "--here", *["--quick"] * args.quick, "--rows", row]
         try:
             left = max(0.01, deadline - time.perf_counter())
             result = subprocess.run(command, capture_output=True, text=True, timeout=left)
             said = result.stdout.splitlines()
-            results[row] = json.loads(said[-1]) if result.returncode == 0 else {"failed": result.stderr[-500:]}
+            found = json.loads(said[-1]) if result.returncode == 0 else {"failed": result.stderr[-500:]}
         except subprocess.TimeoutExpired:
-            results[row] = {"failed": f"no time was left: give it more --minutes, or --rows {row}"}
-        print(describe(row, results[row], results.get("authors", {})), flush=True)
+            found = {"failed": f"no time was left: give it more --minutes, or --rows {row}"}
+        if "gpu_hours" in found:
+            found["dollars"] = found["gpu_hours"] * args.usd_per_gpu_hour
+            if "images_per_second" in results.get("authors", {}):
+                theirs = results["authors"]["images_per_second"]
+                found["times_the_authors"] = found["images_per_second"] / theirs
+        results[row] = found
+        print(describe(row, found), flush=True)
         write_json(args.out, results)
     return int(any("failed" in results[row] for row in args.rows))
 
