@@ -194,8 +194,8 @@ def main_rank_first(task):
 
 
 def exit_run(sentence: str, run_dir: Path | None = None) -> None:
-    """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, which
-    torchrun's restarts find: they cannot hint it."""
+    """Exits on every rank; the first says why. run_dir: the reason goes into its stopped.txt, where
+    torchrun's restarts find it and exit, too."""
     rank = RANK if dist.is_initialized() else LOCAL_RANK
     if rank > 0 and not dist.is_initialized():
         time.sleep(60)  # torchrun ends this process once the first one has spoken
