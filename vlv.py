@@ -444,12 +444,12 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 def record(step, device: torch.device):
     """Runs a step, and returns what runs it again: a CUDA graph; or step, if it waits for values."""
-    with warnings.catch_warnings(record=True) as waits:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
-    if waits:
+    if any("synchronizing CUDA operation" in str(warning.message) for warning in warned):
         return step
     graph = torch.cuda.CUDAGraph()
     # what is recorded is not run; other threads may go on meanwhile
