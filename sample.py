@@ -14,7 +14,6 @@ Of a picture that is not square the centre is taken: --fit pad takes all of it.
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -136,8 +136,8 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
     if "bart" in config.gradient_checkpointing:
-        parts["bart"]["encoder"].activation_checkpointing_enable()
-        parts["bart"]["decoder"].activation_checkpointing_enable()
+        for net in parts["bart"].values():
+            net.activation_checkpointing_enable()
     if "llm" in config.gradient_checkpointing and "llm" in parts:
         parts["llm"].activation_checkpointing_enable()
     return model.train()
@@ -185,7 +185,7 @@ def validation_losses(model: VLV, val_dataset, config: TrainConfig, make_batch) 
     """The loss on the first validation images, which the processes share, with noise that depends on the
     image alone; and its parts. NaN if no image can be read."""
     mine = list(range(min(config.eval_images, len(val_dataset))))[RANK::WORLD_SIZE]
-    totals, count = dict.fromkeys(["loss", *model.losses], 0.0), 0  # as count_flops has left them
+    totals, count = dict.fromkeys(["loss", *model.losses], 0.0), 0  # named since count_flops
     for at in range(0, len(mine), config.micro_batch_size):
         indices = mine[at : at + config.micro_batch_size]
         items = [val_dataset[place] for place in zip(indices, seeds_of(0, 0, indices))]
@@ -271,7 +271,8 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
     if config.benchmark:
         config.max_steps = meter.warm_up + config.benchmark
     optimizer, params, ddp = make_optimizer(model, config)
-    names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size", "resize")
+    names = ("max_steps", "batch_size", "seed", "prompt", "image_size", "encoder_image_size", "resize",
+             "learning_rate", "lr_schedule", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip")
     started_with = {name: getattr(config, name) for name in names}
     started_with |= dict(samples=len(dataset), fingerprint_of_data=dataset.fingerprint)
     checkpointer = Checkpointer(run_dir, model, optimizer, started_with)
@@ -345,7 +346,7 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
             exit_run(f"error: loss or gradient not finite {BAD_STEPS} steps in a row, up to step {step:,};"
                      f" the checkpoints in {run_dir} are good: look at data and learning rate", run_dir)
         if stop and not is_last:
-            causes = " and ".join(sorted({cause for causes in all_gather(exit_reasons) for cause in causes}))
+            causes = " and ".join(sorted(set(sum(all_gather(exit_reasons), []))))
             reason = f"stopped by {causes} after step {step:,}"
         if step % config.log_interval == 0 or is_last:
             sums = sum(losses) if losses else torch.zeros(1 + len(model.losses))
@@ -361,7 +362,7 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
             if all_skipped > 10 + 0.01 * seen:
                 reason = (f"error: {all_skipped:,.0f} of {seen:,} samples could not be read: see"
                           f" {run_dir}/skipped.txt and fix the data; stopped after step {step:,}")
-        if step - start == 2 * config.log_interval or is_last:
+        if is_last or (step - start == 2 * config.log_interval and not config.benchmark):
             print_once(meter.summary())
         if step % config.save_interval == 0 or is_last or reason:
             checkpointer.save(step, log.best_step(saved=True))

@@ -64,10 +64,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # profil
 HERE = Path(__file__).parent
 ENCODER_PARTS = ("bart", "queries", "projection")
 CAPTION_PARTS = ("mlp", "llm")
-PREFIXES = {part: f"encoder.{part}." for part in ("davit",) + ENCODER_PARTS}  # of the names of the weights
 DECODER_PARTS = ("text_encoder", "text_encoder_2", "vae", "unet")
-PREFIXES |= {part: f"decoder.{part}." for part in DECODER_PARTS}
-PREFIXES |= {part: f"caption_head.{part}." for part in CAPTION_PARTS}
+PARTS_OF = {"encoder": ("davit",) + ENCODER_PARTS, "decoder": DECODER_PARTS, "caption_head": CAPTION_PARTS}
+PREFIXES = {part: f"{owner}.{part}." for owner in PARTS_OF for part in PARTS_OF[owner]}  # of weights' names
 Count = Annotated[int, 1, 10**9]  # from, to; also in data/settings.py, as this file stands alone
 Pixels = Annotated[int, 1, 16384]
 
@@ -394,7 +393,7 @@ class CaptionHead(nn.Module):
         if temperature > 0:
             how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
         limit, is_greedy = max_new_tokens or self.max_tokens, num_beams == 1 and temperature == 0
-        with torch.compiler.set_stance("force_eager"):  # layers that VLV.compile has compiled, for training
+        with torch.compiler.set_stance("force_eager"):  # VLV.compile is for training: here lengths differ
             if is_greedy and prefix.is_cuda and self.has_static_cache():
                 ids = self.greedy_search(prefix, limit)
             else:
@@ -478,10 +477,8 @@ class VLV(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that are loaded, by the names that VLVConfig and the log use."""
-        parts = {name: getattr(self.encoder, name) for name in ("davit",) + ENCODER_PARTS}
-        parts |= {name: getattr(self.decoder, name, None) for name in DECODER_PARTS}
-        if self.caption_head is not None:
-            parts |= {name: getattr(self.caption_head, name) for name in CAPTION_PARTS}
+        parts = {name: getattr(getattr(self, owner), name, None)
+                 for owner, names in PARTS_OF.items() for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
     def train(self, mode: bool = True) -> "VLV":
@@ -634,6 +631,7 @@ class VLV(nn.Module):
         decoder = load_decoder(config, dtype, with_unet, device)
         config.family = FAMILIES[type(decoder.pipeline).__name__]
         fill(decoder, "decoder.")
+        decoder.to(device)  # at once, for less memory; as the encoder, before the LLM is there
         florence = load(Florence2Model, config.encoder, "encoder", random, learned_dtype, device)
         prompt_ids = load(AutoTokenizer, config.encoder, "encoder", random)(config.prompt).input_ids
         image_processor = load(AutoImageProcessor, config.encoder, "encoder", random)
@@ -642,7 +640,8 @@ class VLV(nn.Module):
         for part in ENCODER_PARTS:
             getattr(encoder, part).to(learned_dtype)
         encoder.davit.to(dtype)
-        fill(encoder, "encoder.")  # before the LLM is there, for less memory
+        fill(encoder, "encoder.")
+        encoder.to(device)
         caption_head = None
         if config.stage == 2:
             llm_dtype = learned_dtype if "llm" in loaded.union(config.trains) else dtype

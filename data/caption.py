@@ -46,7 +46,8 @@ class CaptionConfig:
     out: Path = Path("captions")  # with several machines: on storage that all of them see
     num_beams: Annotated[int, 1, 100] = 1  # the paper's 4 are several times slower
     max_new_tokens: Count = 300  # a caption ends by itself, or here
-    batch_size: Count | None = None  # images at once; None: 256 on a GPU (less if memory lacks), else 64
+    # images at once; None: 256 on a GPU, else 64. It cannot be changed later: choose less if memory is short
+    batch_size: Count | None = None
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     num_workers: Annotated[int, 0, 256] = 4  # processes that read and decode images ahead

@@ -2,7 +2,7 @@
 A training run: where it starts, its checkpoints, log and speed. Its folder is OUT_DIR/stage1 or stage2:
 
     step-000100/        a checkpoint, complete or absent; the last two and the best are kept
-        config.json, model.safetensors       for VLV.from_pretrained; of 8 processes 8 files
+        config.json, model.safetensors       for VLV.from_pretrained; with 8 processes, 8 files of each
         trainer.json, optimizer.safetensors  to go on from: the step, and AdamW's state by parameter name
     saving/             the next checkpoint, not complete yet
     log.jsonl, curves.png, step-000100.png, settings.json; skipped.txt and stopped.txt, if there is a reason

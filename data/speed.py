@@ -1,7 +1,7 @@
 """
 Measures the GPU at hand with models of full size and random weights: nothing has to be downloaded.
 
-    python data/speed.py                             # all rows, in the order of their worth, for eight minutes
+    python data/speed.py                             # all rows, what matters first, for eight minutes
     python data/speed.py --rows stage1 captions      # some of them
     python data/speed.py --quick                     # with the toy's models, anywhere: that each row runs
 
