@@ -73,6 +73,8 @@ def choose_checkpoint(args: SampleConfig) -> Path:
         raise ValueError("--mix names its two images itself, and draws: leave images and --captions_only out")
     if (args.num_captions > 1 or args.top_p < 1) and not args.temperature:
         raise ValueError("--num_captions and --top_p are for sampled captions: add --temperature 1")
+    if args.draw_with and args.captions_only:
+        raise ValueError("--draw_with draws: leave --captions_only out")
     if args.beside and (args.mix or config.stage == 1):
         raise ValueError("--beside writes captions of images: it needs stage 2, and no --mix")
     if args.split is not None and not args.mix:

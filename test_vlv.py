@@ -2026,9 +2026,9 @@ def test_letters_that_the_font_lacks_are_not_drawn_as_boxes():
     (dict(encoder_image_size=2048), "BART has 128 positions|must be from"),
     (dict(stage=2, max_caption_tokens=40_000), "the LLM has only 32768 positions"),
     (dict(diffusion_model="./nowhere"), "nowhere does not exist"),
-    (dict(data="README.md"), "README.md does not exist, or is a file: name a folder"),
+    (dict(data="README.md"), "README.md is a file: name a folder"),
     (dict(precision="fp16"), "must be one of auto, fp32, bf16"),
-    (dict(data=""), "data folder  does not exist, or is a file: name a folder"),
+    (dict(data=""), "data folder's name is empty"),
 ])
 def test_settings_that_cannot_be_get_one_sentence(tiny, tmp_path, more, sentence):
     more = dict(init_from=tmp_path / "ckpt") | more if more.get("stage") == 2 else more

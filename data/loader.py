@@ -4,6 +4,7 @@ Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes th
 resumes at once.
 """
 
+import filecmp
 import hashlib
 import io
 import json
@@ -107,8 +108,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
                  resize="bicubic"):
         self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
-        if not str(folder) or not self.folder.is_dir():
-            raise ValueError(f"data folder {folder} does not exist, or is a file: name a folder")
+        if not str(folder):
+            raise ValueError("the data folder's name is empty")
+        if not self.folder.is_dir():
+            is_file = self.folder.exists()
+            hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
+            raise ValueError(f"data folder {folder} {hint}")
         found = find_files(self.folder)
         self.problems, self.files = found.problems, found.shards or found.images
         if found.shards:
@@ -251,20 +256,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return problems
 
 
-def identity(path: Path) -> tuple:
-    """The same for all names of a file, and for a shard and its copies."""
-    state = path.stat()
-    if path.suffix.lower() == ".tar":  # shards that begin alike share their first sample
-        return state.st_size, hashlib.sha256(read_part(path, 0, 2**16)).digest()
-    return state.st_dev, state.st_ino
-
-
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
     """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    sizes = {path.stat().st_size for path in b.files}  # few files need to be opened
-    files = {identity(path): path for path in a.files if path.stat().st_size in sizes}
+    files, shards_of_size = {}, defaultdict(list)
+    for path in a.files:
+        state = path.stat()
+        files[state.st_dev, state.st_ino] = path
+        if path.suffix.lower() == ".tar":
+            shards_of_size[state.st_size].append(path)
     for path in b.files:
-        if same := files.get(identity(path)):
+        state = path.stat()
+        copies = (s for s in shards_of_size[state.st_size] if filecmp.cmp(s, path, shallow=False))
+        if same := files.get((state.st_dev, state.st_ino)) or next(copies, None):
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 

@@ -30,7 +30,9 @@ def reader(kind) -> dict:
     if NoneType in options:  # int | None
         return reader(options[0])
     if origin is tuple:
-        return reader(options[0]) | {"nargs": "*" if Ellipsis in options else len(options)}
+        one = reader(options[0])
+        count = "*" if Ellipsis in options else len(options)
+        return one | {"nargs": count, "help": one["help"].replace("one of", "any of")}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": "true or false"}
     about = {str: "text", Path: "a path"}.get(kind)
