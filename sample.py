@@ -158,13 +158,13 @@ def main(argv=None) -> int:
             pictures = []
             for path in files[at : at + size]:
                 try:
-                    pictures.append((path, model.pixels(path, args.fit)[0].cpu()))
+                    pictures.append((path, model.pixels(path, args.fit)[0]))
                 except OSError as error:
                     problems.append(" ".join(str(error).split()))
             if len(pictures) < (2 if args.mix else 1):
                 continue
             paths, images = zip(*pictures)
-            token_embeds = model.encoder(torch.stack(images).to(device))  # ẑ, (B, N, D)
+            token_embeds = model.encoder(torch.stack(images))  # ẑ, (B, N, D)
             names, rows = [(str(path), path.stem) for path in paths], [[image] for image in images]
             if args.mix:
                 split = token_embeds.shape[1] // 2 if args.split is None else args.split

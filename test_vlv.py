@@ -1,7 +1,7 @@
 """
 Claims about VLV, on tiny random models and on the bundled toy; no network.
 
-    pytest                              # a few minutes on two cores
+    pytest                              # ten minutes on two cores
     VLV_SLOW=1 pytest -k "kill or fast or full_size"        # and those that take long
     pytest -k gpu                       # on a machine with a GPU, which the other tests do not use
 """
@@ -2007,7 +2007,7 @@ def test_a_longer_run_and_another_prompt_or_size_are_said(tiny, tmp_path, capsys
 
 def test_a_benchmark_counts_the_run_that_is_asked_for_and_no_dollars_for_a_cpu(tiny, tmp_path, capsys):
     for steps, duration in ((1000, "17 min"), (100_000, "27.8 h")):
-        meter = train.main(tiny_flags(tiny, tmp_path, benchmark=1, max_steps=steps))
+        meter = train.run(tiny_flags(tiny, tmp_path, benchmark=1, max_steps=steps))
         meter.steps = [(9.0, 0.0)] + [(1.0, 0.25)] * 3  # seconds; the first is warm-up
         assert meter.summary().startswith("4 images/s (4 a process), 25% of the time waiting for data")
         assert meter.summary().endswith(f"the whole stage: {duration}")
@@ -2598,7 +2598,7 @@ def test_every_numeric_setting_is_in_its_range_or_says_what_that_is(commands, tm
                 right.append((field.name, value, more))
     assert tried > 10 and all(float(value) == 0 for _, value, _ in right)
     for name, value, more in right if arguments else []:  # and these give a right result
-        assert main([*map(str, more), f"--{name}={value}"]) in (None, 0) or main is train.main, name
+        assert main([*map(str, more), f"--{name}={value}"]) in (None, 0), name
         if command == "train":
             run = Path(more[more.index("--out_dir") + 1]) / "stage1"
             assert newest(run) == 2 and all(math.isfinite(line.get("loss", 0)) for line in read_log(run))
@@ -2874,9 +2874,10 @@ def count(arguments: list[str], processes: int) -> tuple[float, float]:
     config = train.merge_settings(settings_of([*arguments, "--random_init"]), {}, processes)
     side = config.image_size // 8
     dataset = SyntheticDataset(config.image_size, config.max_caption_tokens, (8, side, side) if config.latents else None)
-    device, size, bf16 = torch.device("cpu"), config.micro_batch_size, config.precision != "fp32"
-    model = train.load_model(config, None, torch.device("meta"), torch.bfloat16 if bf16 else torch.float32)
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16, cache_enabled=False)
+    device, size = torch.device("cpu"), config.micro_batch_size
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    model = train.load_model(config, None, torch.device("meta"), dtype)
+    autocast = train.make_autocast(device, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with LiveBytes() as live:
             model.to_empty(device="cpu")

@@ -79,6 +79,10 @@ class TrainConfig(VLVConfig):
     tensorboard: bool = False  # write log, pictures and captions for TensorBoard, too
     usd_per_gpu_hour: Annotated[float, 0, 1000] = 2.5  # only for what the run says about its cost
 
+    def of_the_model(self) -> dict:
+        """The settings that are VLVConfig's."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(VLVConfig)}
+
 
 RECIPE = {  # the paper's
     1: dict(batch_size=512, max_steps=200_000, learning_rate=5e-5, lr_schedule="cosine", data="data/laion"),
@@ -125,12 +129,11 @@ def open_data(config: TrainConfig) -> tuple:
 
 def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.device, dtype: torch.dtype) -> VLV:
     """The model in training mode, with what makes it faster or smaller, which changes rounding at most."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(VLVConfig)}
     has_unet = config.denoises or bool(config.val_data and config.eval_pictures)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
-                                **fields)
+                                **config.of_the_model())
     parts = model.parts()
-    if config.compile or (config.compile is None and device.type == "cuda" and can_compile(device)):
+    if config.compile or (config.compile is None and can_compile(device)):
         torch._dynamo.config.suppress_errors = config.compile is None  # then what fails runs eagerly
         model.compile()
     if "unet" in config.gradient_checkpointing and has_unet:
@@ -141,6 +144,13 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     if "llm" in config.gradient_checkpointing and "llm" in parts:
         parts["llm"].activation_checkpointing_enable()
     return model.train()
+
+
+def make_autocast(device: torch.device, dtype: torch.dtype):
+    """What makes the autocast of a step: to bf16, or none for another dtype. No cache: a step uses each
+    weight once, and gradient checkpointing could not free what is cached."""
+    bf16 = dtype == torch.bfloat16
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def make_optimizer(model: VLV, config: TrainConfig) -> tuple:
@@ -234,7 +244,8 @@ def describe_run(model: VLV, config: TrainConfig, initialized_from, dataset, sta
     return "\n".join(lines)
 
 
-def main(argv=None, saves_on_signals: bool = False) -> Meter:
+def run(argv=None, saves_on_signals: bool = False) -> Meter:
+    """A whole run, or what is left of it. Returns its clock."""
     # --- settings: what is wrong with them ends the run before anything is loaded
     defaults = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
     given = on_every_rank(lambda: parse_with_file(TrainConfig, argv, __doc__, defaults))
@@ -254,9 +265,7 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
 
     # --- data, model, optimizer
     dtype = select_dtype(config.precision, device)
-    bf16 = dtype == torch.bfloat16
-    # no cache: a step uses each weight once, and gradient checkpointing could not free what is cached
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    autocast = make_autocast(device, dtype)
     if not config.benchmark:
         dataset, val_dataset = main_rank_first(lambda: open_data(config))  # who comes first builds the index
     torch.manual_seed(config.seed)  # the same new weights on every process
@@ -280,7 +289,7 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
 
     # --- log and loader
     initialized_from = checkpoint or ("random weights" if config.random_init else "the pretrained models")
-    runs_in = f"{'bf16' if bf16 else 'fp32'} on {device.type}"
+    runs_in = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} on {device.type}"
     print_once(describe_run(model, config, initialized_from, dataset, start, runs_in))
     log = Log(run_dir, start, config.tensorboard)
     if start < config.max_steps:
@@ -384,6 +393,10 @@ def main(argv=None, saves_on_signals: bool = False) -> Meter:
     if locked:
         locked.close()
     return meter
+
+
+def main(argv=None, saves_on_signals: bool = False) -> None:
+    run(argv, saves_on_signals)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def main(argv=None) -> int:
     mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
-    if mine and device.type == "cuda" and can_compile(device):
+    if mine and can_compile(device):
         model.compile()
     count, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=len(mine), unit=" shards", disable=RANK > 0 or not mine)

@@ -87,7 +87,9 @@ def select_device(name: str) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here. On GPUs it needs Triton, a C compiler and Python's headers."""
+    """Whether this is a GPU on which torch.compile works: it needs Triton, a C compiler, Python's headers."""
+    if device.type != "cuda":
+        return False
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
         return True
@@ -224,4 +226,4 @@ def run_and_exit(main, interrupted: str) -> None:
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(isinstance(code, str)))
+    os._exit(1 if isinstance(code, str) else code or 0)

@@ -20,7 +20,8 @@ from data.settings import TEXT, printable, write_atomically, write_lines
 def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
     """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its
     caption, with heads over the columns. Small images are enlarged pixel by pixel."""
-    as_image = lambda i: i if isinstance(i, Image.Image) else Image.fromarray(np.asarray(i.permute(1, 2, 0)))
+    to_array = lambda image: np.asarray(image.permute(1, 2, 0).cpu())
+    as_image = lambda image: image if isinstance(image, Image.Image) else Image.fromarray(to_array(image))
     rows = [[as_image(image) for image in row] for row in rows]
     side = max(1, 192 // rows[0][0].width) * rows[0][0].width
     width, font, line = len(rows[0]) * (side + 4) - 4, ImageFont.load_default(14), 18

@@ -6,10 +6,12 @@ position.
 
 import argparse
 import inspect
+import io
 import json
 import os
 import re
 import sys
+import tarfile
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
@@ -164,6 +166,12 @@ def write_lines(path: Path, lines) -> None:
 
 def write_json(path: Path, values: dict) -> None:
     write_lines(path, [json.dumps(values, indent=2, default=str)])
+
+
+def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
 def same_as_before(file: Path, settings: dict, hint: str) -> None:

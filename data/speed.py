@@ -33,8 +33,8 @@ import train
 from data.caption import CaptionConfig, Shard, caption_shard
 from data.distributed import can_compile, quiet, select_device
 from data.loader import SyntheticDataset, collate
-from data.settings import parse_with_file, read_settings, write_json
-from vlv import VLV, Noise, VLVConfig
+from data.settings import add_to_tar, parse_with_file, read_settings, write_json
+from vlv import VLV, Noise, select_dtype
 
 TRAINING = {  # row: (stage, flags beside the paper's recipe)
     "authors": (1, "--precision fp32 --no-compile --gradient_checkpointing unet --batch_size 32"),
@@ -92,7 +92,7 @@ def milliseconds(function, device: torch.device, times: int) -> float:
 def measure_training(row: str, quick: bool, device: torch.device) -> dict:
     """What train.py --benchmark measures; and how long its first step is waited for, imports included."""
     stage, flags = TRAINING[row]
-    meter = train.main([*train_arguments(stage, flags, quick), "--benchmark", "1" if quick else "8"])
+    meter = train.run([*train_arguments(stage, flags, quick), "--benchmark", "1" if quick else "8"])
     first_step = time.perf_counter() - START - sum(seconds for seconds, _ in meter.steps[1:])
     rate = meter.speed(meter.warm_up)["images_per_second"]
     images = train.RECIPE[stage]["batch_size"] * train.RECIPE[stage]["max_steps"]
@@ -103,9 +103,9 @@ def measure_training(row: str, quick: bool, device: torch.device) -> dict:
 
 def as_trained(stage: int, flags: str, quick: bool, device: torch.device) -> tuple:
     """(model, as train.py makes it; its settings; autocast in its precision)."""
-    config, bf16 = train_config(stage, flags, quick), device.type == "cuda"
-    model = train.load_model(config, None, device, torch.bfloat16 if bf16 else torch.float32)
-    return model, config, lambda: torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
+    config, dtype = train_config(stage, flags, quick), select_dtype("auto", device)
+    model = train.load_model(config, None, device, dtype)
+    return model, config, train.make_autocast(device, dtype)
 
 
 def measure_parts(row: str, quick: bool, device: torch.device) -> dict:
@@ -143,7 +143,7 @@ def measure_parts(row: str, quick: bool, device: torch.device) -> dict:
     few, steps = prompt_embeds[:8].detach(), 2 if quick else 50
     drawing = milliseconds(lambda: decoder.reconstruct(few, steps), device, 1)
     found[f"seconds_to_redraw_an_image_in_{steps}_steps"] = drawing / 1000 / len(few)
-    if device.type == "cuda" and can_compile(device):
+    if can_compile(device):
         model.compile()
         found["compiled, channels_last"] = measure_all()
     return found
@@ -161,18 +161,14 @@ def write_shard(path: Path, count: int) -> None:
         for i in range(count):
             picture, file = np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8), BytesIO()
             Image.fromarray(picture).resize((384, 384)).save(file, "jpeg")
-            member = tarfile.TarInfo(f"{i:09}.jpg")
-            member.size = file.tell()
-            tar.addfile(member, BytesIO(file.getvalue()))
+            add_to_tar(tar, f"{i:09}.jpg", file.getvalue())
 
 
 @torch.inference_mode()
 def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
     """Milliseconds a token of the LLM; captions a second, from tar to line, of 100 tokens each; a save."""
-    config = train_config(2, "", quick)
-    fields = {name: getattr(config, name) for name in VLVConfig.__dataclass_fields__}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = VLV.from_pretrained(dtype=dtype, device=device, with_unet=False, **fields)
+    config, dtype = train_config(2, "", quick), select_dtype("auto", device)
+    model = VLV.from_pretrained(dtype=dtype, device=device, with_unet=False, **config.of_the_model())
     head, llm, found = model.caption_head, model.caption_head.llm, {}
     head.tokenizer.eos_token = head.tokenizer.decode(len(head.tokenizer) - 1)  # so no caption ends early
     source = torch.empty(10**6 if quick else 2 * 10**9, dtype=torch.uint8, device=device)
@@ -187,7 +183,7 @@ def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
         for way, search in ways.items():
             short, long = (milliseconds(lambda: search(prefix, n), device, 1) for n in (few, many))
             found[f"ms_a_token_{way}_{batch}"] = (long - short) / (many - few)
-    if device.type == "cuda" and can_compile(device):
+    if can_compile(device):
         model.compile()
     with TemporaryDirectory() as folder:
         path, count = Path(folder, "00000.tar"), 4 if quick else 512

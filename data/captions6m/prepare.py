@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.settings import Pixels, read_settings, same_as_before, write_atomically
+from data.settings import Pixels, add_to_tar, read_settings, same_as_before, write_atomically
 from vlv import open_image
 
 
@@ -72,9 +72,7 @@ def write_shard(path: Path, target: Path, size: int) -> tuple[int, list[str]]:
                 problems.append(f"{path}, row {row}: {' '.join(str(error).split())}")
                 continue
             for ending, data in members:
-                info = tarfile.TarInfo(f"{target.stem}-{row:08d}{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                add_to_tar(tar, f"{target.stem}-{row:08d}{ending}", data)
             count += 1
     if count:
         os.replace(temporary, target)

@@ -8,7 +8,6 @@ writes shards/00000.tar, ... with KEY.jpg as it is in the zip file, KEY.txt (the
 """
 
 import hashlib
-import io
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.settings import Count, NonNegative, read_settings, same_as_before
+from data.settings import Count, NonNegative, add_to_tar, read_settings, same_as_before
 
 
 @dataclass
@@ -98,9 +97,7 @@ def write_shard(shard: Path, archive: zipfile.ZipFile, samples: list[tuple]) -> 
             members = {ending: archive.read(name), ".txt": record["captions"][0].encode(),
                        ".json": json.dumps(record).encode()}
             for end, data in members.items():
-                info = tarfile.TarInfo(stem + end)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                add_to_tar(tar, stem + end, data)
     shard.with_suffix(".tmp").rename(shard)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.settings import Count, NonNegative, read_json, read_settings, write_json
+from data.settings import Count, NonNegative, add_to_tar, read_json, read_settings, write_json
 
 RESOLUTION = 32  # pixels; small enough to train on a laptop
 COLORS = {
@@ -127,9 +127,7 @@ def write_shard(path: Path, items) -> None:
             draw(scene).save(png, "png")
             texts = [("txt", describe(scene).encode()), ("json", json.dumps(scene).encode())]
             for ending, data in [("png", png.getvalue()), *texts]:
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                add_to_tar(tar, f"{key}.{ending}", data)
     os.replace(path.with_suffix(".tmp"), path)
 
 
