@@ -66,7 +66,7 @@ class TrainConfig(VLVConfig):
     grad_clip: Annotated[float, 1e-9, 1e9] = 1.0  # of the gradient's norm
     # bf16: autocast over float32 weights; frozen ones are stored in bf16. auto: bf16 where a GPU has it
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool | None = None  # torch.compile, a minute or two at the start; None: on GPUs where it works
+    compile: bool | None = None  # torch.compile, minutes at the first start; None: on GPUs where it works
     gradient_checkpointing: tuple[Literal["unet", "bart", "llm"], ...] = ()  # less memory, but slower
     latents: bool = False  # read the VAE's moments, computed ahead by data/latents.py
     num_workers: Annotated[int, 0, 256] = 4  # processes a rank that decode images; 0: none, for tiny images

@@ -109,7 +109,7 @@ def init_process_group(backend: str, hours: int = 1) -> None:
         # after a restart torchrun hands out the same store, with the addresses of the dead in it
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
-    dist.barrier()
+    all_gather(None)  # all are there
     threading.Thread(target=follow_parent, args=(PARENT, 120), daemon=True).start()
 
 
