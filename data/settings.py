@@ -86,6 +86,7 @@ def parse(cls, argv, doc: str, defaults: dict | None = None) -> dict:
             parser.add_argument(f"--{field.name}", **options | {"help": about})
 
     def fail(message: str):
+        message = message.replace("ignored explicit argument", "it takes no value, but has")
         raise ValueError(message.removeprefix("argument "))
 
     parser.error = fail

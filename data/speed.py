@@ -255,7 +255,7 @@ def main(argv=None) -> int:
             found = {"failed": f"no time was left: give it more --minutes, or --rows {row}"}
         if "gpu_hours" in found:
             found["dollars"] = found["gpu_hours"] * args.usd_per_gpu_hour
-            if "images_per_second" in results.get("authors", {}):
+            if "images_per_second" in results.get("authors", {}) and TRAINING[row][0] == 1:
                 theirs = results["authors"]["images_per_second"]
                 found["times_the_authors"] = found["images_per_second"] / theirs
         results[row] = found
