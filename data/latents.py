@@ -27,7 +27,7 @@ from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_proces
 from data.distributed import on_every_rank, print_once, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, describe_latents, load_latents
 from data.settings import Count, Pixels, NonNegative, read_settings, write_json
-from vlv import VLVConfig, load_decoder
+from vlv import VLVConfig, load_decoder, select_dtype
 
 DONE, UNREADABLE = 1, 2  # of an image, in latents.done.npy; 0: to do
 
@@ -64,7 +64,7 @@ def main(argv=None):
     dataset = main_rank_first(lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize))
     dataset.attempts = 1  # what cannot be read gets no latents
     model = VLVConfig(diffusion_model=config.diffusion_model, image_size=config.image_size, num_queries=1)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = select_dtype("auto", device)
     decoder = on_every_rank(lambda: load_decoder(model, dtype, with_unet=True)).to(device)
     for problem in dataset.problems:
         print_once(problem)

@@ -97,7 +97,7 @@ class Networks:
     def pipeline(self):
         from diffusers import AutoPipelineForText2Image  # which imports every pipeline there is
 
-        name, dtype = self.args.draw_with, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        name, dtype = self.args.draw_with, select_dtype("auto", self.device)
         try:
             pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, local_files_only=True)
         except Exception as error:  # each part of a pipeline has errors of its own

@@ -26,7 +26,7 @@ from data.coco.prepare import open_zip, read_caption_lines
 from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, on_every_rank
 from data.distributed import run_and_exit, select_device
 from data.settings import TEXT, Count, NonNegative, read_settings, same_as_before, write_json
-from vlv import load
+from vlv import load, select_dtype
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -106,7 +106,7 @@ def read_answers(folder: Path) -> dict[int, str]:
 @torch.inference_mode()
 def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device) -> None:
     """Writes a line {"id", "answer"} for each question into this process's file."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = select_dtype("auto", device)
     model = load(AutoModelForCausalLM, args.llm, "llm", False, dtype).to(device).eval()
     tokenizer = load(AutoTokenizer, args.llm, "llm", False)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
