@@ -1782,13 +1782,12 @@ def tar_of(path: Path, members: dict) -> Path:
     """A tar file. members: name -> bytes, or the name that a link leads to, ("sym" or "hard", name)."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
-            info = tarfile.TarInfo(name)
             if isinstance(data, tuple):
+                info = tarfile.TarInfo(name)
                 info.type, info.linkname = tarfile.SYMTYPE if data[0] == "sym" else tarfile.LNKTYPE, data[1]
                 tar.addfile(info)
             else:
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                settings.add_to_tar(tar, name, data)
     return path
 
 
@@ -1809,9 +1808,7 @@ def test_names_in_shards_are_read_as_webdataset_does(tmp_path):
         "._g.png": b"AppleDouble", "h.txt": b"alone", "i.png": ("sym", "nowhere.png"), "k.cls": b"7", "l.json": b"[" * 100_000,
     })
     with tarfile.open(tmp_path / "0.tar", "a") as tar:  # a second text of a, as `tar -r` adds it
-        info = tarfile.TarInfo("a.txt")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"one"))
+        settings.add_to_tar(tar, "a.txt", b"one")
     dataset = ImageTextDataset(tmp_path, 4, with_captions=True)
     items = [dataset.read(i) for i in (0, 1, 2, 3, 5)]
     assert [int(item["image"][0, 0, 0]) for item in items] == [10, 20, 30, 40, 10]
@@ -2318,9 +2315,7 @@ def shards(tmp_path_factory):
                 file = io.BytesIO()
                 image.save(file, "png")
                 data = b"broken" if i % 29 == 7 else file.getvalue()
-                info = tarfile.TarInfo(f"{i:05d}.png")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                settings.add_to_tar(tar, f"{i:05d}.png", data)
     whole = (root / "shards" / "00003.tar").read_bytes()
     (root / "shards" / "00003.tar").write_bytes(whole[: len(whole) // 2])
     for i, image in zip(range(30), pictures):
@@ -2424,9 +2419,7 @@ def test_workers_whose_pictures_nobody_reads_any_more_end_with_their_process(cap
         for i, truth in enumerate(scenes("val", 300)):
             file = io.BytesIO()
             draw(truth).save(file, "png")
-            info = tarfile.TarInfo(f"{i:05d}.png")
-            info.size = file.tell()
-            tar.addfile(info, io.BytesIO(file.getvalue()))
+            settings.add_to_tar(tar, f"{i:05d}.png", file.getvalue())
     command = [sys.executable, HERE / "data" / "caption.py", tmp_path / "0.tar", "--ckpt", TOY, "--out", tmp_path / "out",
                "--batch_size", "30", "--num_workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -2669,6 +2662,7 @@ def test_what_is_no_batch_of_images_is_refused_and_not_captioned(tiny, batch):
     (["--stage", "3"], "must be one of 1, 2"),
     (["--stage1_trains", "bert"], "--stage1_trains: it is 'bert', but must be one of bart, queries, projection"),
     (["--stage1_trains"], "stage1_trains cannot be ()"),
+    (["--compile=true"], "--compile/--no-compile: it takes no value, but has 'true'"),
     (["--lr_schedule", "cosin"], "must be one of cosine, linear"),
     (["--image_size", "30"], "image_size is 30, not a multiple of 8 pixels"),
     (["--encoder_image_size", "1632"], "must be from 32 to 1600"),
@@ -3165,7 +3159,7 @@ def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
     from data import speed
 
     assert {*speed.ROWS} == {*speed.TRAINING, "parts", "captions", "profile"}
-    for row in ("stage1-384-latents", "captions", "parts", "profile"):  # stage 2: below
+    for row in ("stage1-384-latents", "stage2", "captions", "parts", "profile"):
         found = speed.measure(row, quick=True)
         values = [value for part in found.values() for value in (part.values() if isinstance(part, dict) else [part])]
         assert len(values) >= 6 and all(map(math.isfinite, values)), row
@@ -3173,9 +3167,7 @@ def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
     for minutes, code in (("5", 0), ("0.01", 1)):
         command = [sys.executable, "data/speed.py", "--quick", "--out", tmp_path / "speed.json", "--minutes", minutes]
         result = subprocess.run([*command, "--rows", "authors", "stage2", "stage1"], cwd=HERE, capture_output=True, text=True)
-        results = json.loads((tmp_path / "speed.json").read_text())
-        row = results["stage1"]
-        assert ("gpu_hours" in results["stage2"]) == (code == 0)
+        row = json.loads((tmp_path / "speed.json").read_text())["stage1"]
         assert result.returncode == code and ("no time was left" in row.get("failed", "")) == (code == 1), result.stdout
         assert result.stdout.count("times the authors'") == ("dollars" in row) == (code == 0)  # not of stage 2
 
