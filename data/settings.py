@@ -13,6 +13,7 @@ import re
 import sys
 import tarfile
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -59,6 +60,7 @@ def reader(kind) -> dict:
     return {"type": convert, "help": about}
 
 
+@cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
     found, field = {}, r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
