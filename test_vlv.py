@@ -2019,6 +2019,8 @@ def test_a_benchmark_counts_the_run_that_is_asked_for_and_no_dollars_for_a_cpu(t
         assert meter.summary().startswith("4 images/s (4 a process), 25% of the time waiting for data")
         assert meter.summary().endswith(f"the whole stage: {duration}")
     assert "$" not in capsys.readouterr().out
+    with_less_memory = train.run(tiny_flags(tiny, tmp_path, benchmark=1, max_steps=4, gradient_checkpointing=["unet", "bart"]))
+    assert with_less_memory.flops == meter.flops > 0  # what is computed again is no part of the method
 
 
 def test_letters_that_the_font_lacks_are_not_drawn_as_boxes():
@@ -3165,12 +3167,12 @@ def test_an_image_that_cannot_be_read_just_now_gets_no_latents_and_gets_them_lat
         torch.testing.assert_close(again, dataset[3]["moments"], rtol=2e-3, atol=2e-3)
 
 
-def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
+def test_every_row_of_the_table_of_speeds_is_measured(tmp_path, monkeypatch):
     from data import speed
 
     assert {*speed.ROWS} == {*speed.TRAINING, "parts", "captions", "profile"}
     for row in ("stage1-384-latents", "stage2", "captions", "parts", "profile"):
-        found = speed.measure(row, quick=True)
+        *_, found = speed.measure(row, quick=True)
         values = [value for part in found.values() for value in (part.values() if isinstance(part, dict) else [part])]
         assert len(values) >= 6 and all(map(math.isfinite, values)), row
         assert ("images/s" in speed.describe(row, found)) == (row in speed.TRAINING)
@@ -3180,6 +3182,18 @@ def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
         row = json.loads((tmp_path / "speed.json").read_text())["stage1"]
         assert result.returncode == code and ("no time was left" in row.get("failed", "")) == (code == 1), result.stdout
         assert result.stdout.count("times the authors'") == ("dollars" in row) == (code == 0)  # not of stage 2
+        assert row.get("compiled_graphs", 0) == 0  # as always on a CPU
+    # what a row had measured when its time was over, or when it failed, is kept
+    python = sys.executable
+    for end, reason in (("time.sleep(60)", "no time was left"), ("sys.exit('memory')", "memory")):
+        program = f"#!{python}\nimport sys, time; print('{{}}\\n{{\"ms\": 1.5}}\\n{{\"ms\": 2.5', end='', flush=True); {end}"
+        (tmp_path / "row.py").write_text(program)
+        (tmp_path / "row.py").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "row.py"))
+        monkeypatch.setattr(speed, "START", time.perf_counter())
+        assert speed.main(["--minutes", "0.05", "--rows", "captions", "--out", str(tmp_path / "speed.json")]) == 1
+        row = json.loads((tmp_path / "speed.json").read_text())["captions"]
+        assert row.pop("failed").startswith(reason) and row == {"ms": 1.5}
 
 
 def test_benchmark_measures_and_saves_nothing(tiny, tmp_path, capsys):

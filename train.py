@@ -134,7 +134,6 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
                                 **config.of_the_model())
     parts = model.parts()
     if config.compile or (config.compile is None and can_compile(device)):
-        torch._dynamo.config.suppress_errors = config.compile is None  # then what fails runs eagerly
         model.compile()
     if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
@@ -181,11 +180,17 @@ def loss_of(model, batch: dict, device: torch.device) -> torch.Tensor:
 def count_flops(model: VLV, sample: dict, device: torch.device) -> int:
     """FLOPs that one sample needs, forward and backward."""
     model.eval()
+    unet = model.parts().get("unet")
+    is_checkpointed = unet is not None and unet.is_gradient_checkpointing
+    if is_checkpointed:  # in evaluation, too: its forward pass would count twice
+        unet.disable_gradient_checkpointing()
     # eagerly: what torch's compiler (2.13) meets first under a counter it never compiles; and attention as
     # matrix products: other kernels are not counted on every device
     eager, products = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, eager, products:
         loss_of(model, collate([sample]), device).backward()
+    if is_checkpointed:
+        unet.enable_gradient_checkpointing()
     model.zero_grad(set_to_none=True)
     model.train()
     return counter.get_total_flops()

@@ -446,8 +446,10 @@ def record(step, device: torch.device):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     if any("synchronizing CUDA operation" in str(warning.message) for warning in warned):
         return step
     graph = torch.cuda.CUDAGraph()

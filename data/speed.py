@@ -6,7 +6,8 @@ Measures the GPU at hand with models of full size and random weights: nothing ha
     python data/speed.py --quick                     # with the toy's models, anywhere: that each row runs
 
 A row is measured in a process of its own, printed, and added to speed.json. One that fails, or for which no
-time is left, says so, and the others go on. Rates are of one GPU, dollars of the paper's number of images.
+time is left, says so and what it had measured, and the others go on. Rates are of one GPU, dollars of the
+paper's number of images. Of the compiled graphs one is a trial: with no others, all ran eagerly.
 """
 
 import json
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from data.caption import CaptionConfig, Shard, caption_shard
-from data.distributed import can_compile, quiet, select_device
+from data.distributed import can_compile, run_and_exit, select_device
 from data.loader import SyntheticDataset, collate
 from data.settings import add_to_tar, parse_with_file, read_settings, write_json
 from vlv import VLV, Noise, select_dtype
@@ -50,7 +51,8 @@ ROWS = ("authors", "stage1", "captions", "stage2", "stage1-384-latents", "parts"
         "stage1-384", "stage1-eager", "stage2-eager")
 UNITS = {"images_per_second": "images/s", "tflop_per_image": "TFLOP an image", "tflop_per_second": "TFLOP/s",
          "gigabytes": "GB", "seconds_to_first_step": "s to the first step", "gpu_hours": "GPU-hours",
-         "dollars": "dollars", "times_the_authors": "times the authors'"}
+         "compiled_graphs": "graphs compiled", "dollars": "dollars",
+         "times_the_authors": "times the authors'"}
 
 
 @dataclass
@@ -60,7 +62,7 @@ class SpeedConfig:
     minutes: Annotated[float, 0.01, 10000] = 8.0  # for all rows together
     usd_per_gpu_hour: Annotated[float, 0, 1000] = 2.5
     out: Path = Path("speed.json")
-    here: bool = False  # measure one row in this process, and print it as JSON: so are rows started
+    here: bool = False  # measure one row in this process, and print JSON as it grows: so are rows started
 
 
 def train_arguments(stage: int, flags: str, quick: bool) -> list[str]:
@@ -89,16 +91,16 @@ def milliseconds(function, device: torch.device, times: int) -> float:
     return float(np.median(durations[2:]))
 
 
-def measure_training(row: str, quick: bool, device: torch.device) -> dict:
+def measure_training(row: str, quick: bool, device: torch.device):
     """What train.py --benchmark measures; and how long its first step is waited for, imports included."""
     stage, flags = TRAINING[row]
     meter = train.run([*train_arguments(stage, flags, quick), "--benchmark", "1" if quick else "8"])
     first_step = time.perf_counter() - START - sum(seconds for seconds, _ in meter.steps[1:])
     rate = meter.speed(meter.warm_up)["images_per_second"]
     images = train.RECIPE[stage]["batch_size"] * train.RECIPE[stage]["max_steps"]
-    return {"images_per_second": rate, "tflop_per_image": meter.flops / 1e12,
-            "tflop_per_second": rate * meter.flops / 1e12, "gigabytes": meter.peak() / 1e9,
-            "seconds_to_first_step": first_step, "gpu_hours": images / rate / 3600}
+    yield {"images_per_second": rate, "tflop_per_image": meter.flops / 1e12,
+           "tflop_per_second": rate * meter.flops / 1e12, "gigabytes": meter.peak() / 1e9,
+           "seconds_to_first_step": first_step, "gpu_hours": images / rate / 3600}
 
 
 def as_trained(stage: int, flags: str, quick: bool, device: torch.device) -> tuple:
@@ -108,7 +110,7 @@ def as_trained(stage: int, flags: str, quick: bool, device: torch.device) -> tup
     return model, config, train.make_autocast(device, dtype)
 
 
-def measure_parts(row: str, quick: bool, device: torch.device) -> dict:
+def measure_parts(row: str, quick: bool, device: torch.device):
     """Milliseconds of each part in stage 1, with 64 images; forward and backward where gradients pass."""
     model, config, autocast = as_trained(1, "--batch_size 64 --no-compile", quick, device)
     encoder, decoder, count = model.encoder, model.decoder, config.batch_size
@@ -137,16 +139,19 @@ def measure_parts(row: str, quick: bool, device: torch.device) -> dict:
     optimizer, params, _ = train.make_optimizer(model, config)
     step = lambda: (torch.nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
     found["eager"]["clip_and_adamw"] = milliseconds(step, device, 3)
+    yield found
     for net in (decoder.vae, decoder.unet):
         net.to(memory_format=torch.channels_last)
     found["eager, channels_last"] = measure_all()
+    yield found
     few, steps = prompt_embeds[:8].detach(), 2 if quick else 50
     drawing = milliseconds(lambda: decoder.reconstruct(few, steps), device, 1)
     found[f"seconds_to_redraw_an_image_in_{steps}_steps"] = drawing / 1000 / len(few)
+    yield found
     if can_compile(device):
         model.compile()
         found["compiled, channels_last"] = measure_all()
-    return found
+        yield found
 
 
 def generate(llm, prefix: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -165,7 +170,7 @@ def write_shard(path: Path, count: int) -> None:
 
 
 @torch.inference_mode()
-def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
+def measure_captions(row: str, quick: bool, device: torch.device):
     """Milliseconds a token of the LLM; captions a second, from tar to line, of 100 tokens each; a save."""
     config, dtype = train_config(2, "", quick), select_dtype("auto", device)
     model = VLV.from_pretrained(dtype=dtype, device=device, with_unet=False, **config.of_the_model())
@@ -183,6 +188,7 @@ def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
         for way, search in ways.items():
             short, long = (milliseconds(lambda: search(prefix, n), device, 1) for n in (few, many))
             found[f"ms_a_token_{way}_{batch}"] = (long - short) / (many - few)
+            yield found
     if can_compile(device):
         model.compile()
     with TemporaryDirectory() as folder:
@@ -194,14 +200,15 @@ def measure_captions(row: str, quick: bool, device: torch.device) -> dict:
             for _ in caption_shard(how, model, device, Shard(path, call, Path(folder))):
                 pass
             found[call] = count / (time.perf_counter() - start)
+            yield found
         start = time.perf_counter()
         model.save_pretrained(Path(folder, "saved"))
         found["seconds_to_save"] = time.perf_counter() - start
         found["gigabytes_saved"] = Path(folder, "saved", "model.safetensors").stat().st_size / 1e9
-    return found
+    yield found
 
 
-def measure_profile(row: str, quick: bool, device: torch.device) -> dict:
+def measure_profile(row: str, quick: bool, device: torch.device):
     """Milliseconds of a step of stage 2, and of the 15 kernels that take most of it."""
     model, config, autocast = as_trained(2, "--batch_size 8", quick, device)
     sample = SyntheticDataset(config.image_size, config.max_caption_tokens)[0]
@@ -213,20 +220,29 @@ def measure_profile(row: str, quick: bool, device: torch.device) -> dict:
         loss.backward()
 
     found = {"step": milliseconds(step, device, 1)}
+    yield found
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu) as profiler:
         step()
     spent = lambda event: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / 1000
     kernels = [event for event in profiler.key_averages() if not is_gpu or event.device_type.name == "CUDA"]
     kernels.sort(key=spent, reverse=True)
     found |= {"in_kernels": sum(map(spent, kernels)), "launches": sum(event.count for event in kernels)}
-    return found | {f"{event.key[:90]} x {event.count}": spent(event) for event in kernels[:15]}
+    yield found | {f"{event.key[:90]} x {event.count}": spent(event) for event in kernels[:15]}
 
 
 MEASURES = {"parts": measure_parts, "captions": measure_captions, "profile": measure_profile}
 
 
-def measure(row: str, quick: bool) -> dict:
-    return MEASURES.get(row, measure_training)(row, quick, select_device("auto"))
+def measure(row: str, quick: bool):
+    """What is found, as it grows."""
+    for found in MEASURES.get(row, measure_training)(row, quick, select_device("auto")):
+        yield found | {"compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def last_result(printed: str) -> dict:
+    """What a row's process printed last; it may have been killed in the middle of a line."""
+    whole = [line for line in printed.split("\n")[:-1] if line.startswith("{")]
+    return json.loads(whole[-1]) if whole else {}
 
 
 def describe(row: str, found: dict) -> str:
@@ -238,8 +254,8 @@ def describe(row: str, found: dict) -> str:
 def main(argv=None) -> int:
     args = read_settings(SpeedConfig, argv, __doc__)
     if args.here:
-        quiet()
-        print(json.dumps(measure(args.rows[0], args.quick)))
+        for found in measure(args.rows[0], args.quick):
+            print(json.dumps(found), flush=True)
         return 0
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     results, deadline = {"card": card, "torch": torch.__version__}, START + 60 * args.minutes
@@ -249,10 +265,12 @@ def main(argv=None) -> int:
         try:
             left = max(0.01, deadline - time.perf_counter())
             result = subprocess.run(command, capture_output=True, text=True, timeout=left)
-            said = result.stdout.splitlines()
-            found = json.loads(said[-1]) if result.returncode == 0 else {"failed": result.stderr[-500:]}
-        except subprocess.TimeoutExpired:
-            found = {"failed": f"no time was left: give it more --minutes, or --rows {row}"}
+            found = last_result(result.stdout)
+            if result.returncode:
+                found["failed"] = result.stderr[-500:]
+        except subprocess.TimeoutExpired as stopped:
+            found = last_result((stopped.stdout or b"").decode())
+            found["failed"] = f"no time was left: give it more --minutes, or --rows {row}"
         if "gpu_hours" in found:
             found["dollars"] = found["gpu_hours"] * args.usd_per_gpu_hour
             if "images_per_second" in results.get("authors", {}) and TRAINING[row][0] == 1:
@@ -265,4 +283,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main, "stopped; speed.json has the rows that were done")
