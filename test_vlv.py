@@ -61,7 +61,7 @@ from data.loader import ImageTextDataset, SyntheticDataset, batch_indices, colla
 from data.run import COLORS, Checkpointer
 from vlv import VLV, Noise, VLVConfig, checkpoints, crop_image, find_checkpoint, open_image, read_weights
 
-gc.freeze()  # the libraries' million objects are no garbage, and looking through them takes a fifth of these tests' time
+gc.freeze()  # the libraries' million objects are no garbage: looking through them again and again takes long
 # what nobody here can do anything about: old calls of NumPy, words on files that a test has broken, and on few cores
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning", "ignore::UserWarning:PIL",
                                         "ignore:This DataLoader will create:UserWarning")
