@@ -1671,11 +1671,11 @@ def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_p
         assert not [name for name in brought if re.search(r"\.ckpt|\.bin|fp16|v2-1|^sd|vae_|text_encoders?_?3?/.*(of|t5|clip)|onnx", name)]
         lean = not any(re.match(r"(unet/diff|transformer/diff|model\.safe)", name) for name in brought)
         assert lean == bool(patterns[0]) or folder in ("sdxl", "sd3")
-        cache = tmp_path / f"cache{len(seen)}"
-        hub_cache(cache, kwargs["repo_id"], tiny / folder, brought, files)
         if (folder, lean) in seen:
             continue
         seen.add((folder, lean))
+        cache = tmp_path / f"cache{len(seen)}"
+        hub_cache(cache, kwargs["repo_id"], tiny / folder, brought, files)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         if folder == "florence":
             assert vlv.load(Florence2Model, kwargs["repo_id"], "encoder", False, torch.float32)
@@ -3182,7 +3182,7 @@ def test_every_row_of_the_table_of_speeds_is_measured(tmp_path, monkeypatch):
         row = json.loads((tmp_path / "speed.json").read_text())["stage1"]
         assert result.returncode == code and ("no time was left" in row.get("failed", "")) == (code == 1), result.stdout
         assert result.stdout.count("times the authors'") == ("dollars" in row) == (code == 0)  # not of stage 2
-        assert row.get("compiled_graphs", 0) == 0  # as always on a CPU
+        assert row.get("compiled_graphs") == (0 if code == 0 else None)  # none on a CPU
     # what a row had measured when its time was over, or when it failed, is kept
     python = sys.executable
     for end, reason in (("time.sleep(60)", "no time was left"), ("sys.exit('memory')", "memory")):

@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, can_compile, exit_reasons, exit_run
-from data.distributed import init_process_group, main_rank_first, note_signals, on_every_rank, print_once
-from data.distributed import run_and_exit, select_device, start_workers
+from data.distributed import RANK, WORLD_SIZE, all_gather, all_reduce, compile_if_possible, exit_reasons
+from data.distributed import exit_run, init_process_group, main_rank_first, note_signals, on_every_rank
+from data.distributed import print_once, run_and_exit, select_device, start_workers
 from data.loader import ImageTextDataset, SyntheticDataset, check_apart, collate, micro_batches, seeds_of
 from data.results import panel
 from data.run import PATIENCE, Checkpointer, Log, Meter, draw_curves, open_run
@@ -133,8 +133,11 @@ def load_model(config: TrainConfig, checkpoint: Path | None, device: torch.devic
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, for_training=True, with_unet=has_unet,
                                 **config.of_the_model())
     parts = model.parts()
-    if config.compile or (config.compile is None and can_compile(device)):
+    if config.compile:
+        torch._dynamo.config.suppress_errors = False  # what cannot be compiled is an error
         model.compile()
+    elif config.compile is None:
+        compile_if_possible(model, device)
     if "unet" in config.gradient_checkpointing and has_unet:
         parts["unet"].enable_gradient_checkpointing()
     if "bart" in config.gradient_checkpointing:

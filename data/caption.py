@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import RANK, WORLD_SIZE, all_gather, can_compile, exit_reasons, init_process_group
-from data.distributed import on_every_rank, run_and_exit, select_device, start_workers
+from data.distributed import RANK, WORLD_SIZE, all_gather, compile_if_possible, exit_reasons
+from data.distributed import init_process_group, on_every_rank, run_and_exit, select_device, start_workers
 from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
 from data.results import report
 from data.run import checkpoint_fingerprint
@@ -179,8 +179,8 @@ def main(argv=None) -> int:
     mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
     how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
     model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
-    if mine and can_compile(device):
-        model.compile()
+    if mine:
+        compile_if_possible(model, device)
     count, waited, start = 0, 0.0, time.perf_counter()
     bar = tqdm(total=len(mine), unit=" shards", disable=RANK > 0 or not mine)
     try:

@@ -86,19 +86,20 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether this is a GPU on which torch.compile works: it needs Triton, a C compiler, Python's headers. If
-    so, what cannot be compiled later runs eagerly, and torch says so."""
+def compile_if_possible(model, device: torch.device) -> bool:
+    """Compiles a VLV on a GPU on which torch.compile works: it needs Triton, a C compiler, Python's headers.
+    What of the model cannot be compiled runs eagerly, and torch says so. Returns whether it was compiled."""
     if device.type != "cuda":
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        torch._dynamo.config.suppress_errors = True
-        return True
     except Exception as error:  # of any of its layers
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         print_once(f"note: torch.compile does not work here, so this is slower: {reason}")
         return False
+    torch._dynamo.config.suppress_errors = True
+    model.compile()
+    return True
 
 
 def init_process_group(backend: str, hours: int = 1) -> None:

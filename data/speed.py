@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from data.caption import CaptionConfig, Shard, caption_shard
-from data.distributed import can_compile, run_and_exit, select_device
+from data.distributed import compile_if_possible, run_and_exit, select_device
 from data.loader import SyntheticDataset, collate
 from data.settings import add_to_tar, parse_with_file, read_settings, write_json
 from vlv import VLV, Noise, select_dtype
@@ -148,8 +148,7 @@ def measure_parts(row: str, quick: bool, device: torch.device):
     drawing = milliseconds(lambda: decoder.reconstruct(few, steps), device, 1)
     found[f"seconds_to_redraw_an_image_in_{steps}_steps"] = drawing / 1000 / len(few)
     yield found
-    if can_compile(device):
-        model.compile()
+    if compile_if_possible(model, device):
         found["compiled, channels_last"] = measure_all()
         yield found
 
@@ -189,8 +188,7 @@ def measure_captions(row: str, quick: bool, device: torch.device):
             short, long = (milliseconds(lambda: search(prefix, n), device, 1) for n in (few, many))
             found[f"ms_a_token_{way}_{batch}"] = (long - short) / (many - few)
             yield found
-    if can_compile(device):
-        model.compile()
+    compile_if_possible(model, device)
     with TemporaryDirectory() as folder:
         path, count = Path(folder, "00000.tar"), 4 if quick else 512
         write_shard(path, count)
@@ -269,7 +267,7 @@ def main(argv=None) -> int:
             if result.returncode:
                 found["failed"] = result.stderr[-500:]
         except subprocess.TimeoutExpired as stopped:
-            found = last_result((stopped.stdout or b"").decode())
+            found = last_result((stopped.stdout or b"").decode(errors="replace"))
             found["failed"] = f"no time was left: give it more --minutes, or --rows {row}"
         if "gpu_hours" in found:
             found["dollars"] = found["gpu_hours"] * args.usd_per_gpu_hour
