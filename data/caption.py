@@ -3,45 +3,41 @@ Captions whole data sets: tar shards, with any number of processes, through any 
 
     torchrun --nproc_per_node=8 data/caption.py data/laion/shards --ckpt out/stage2 --out captions
 
-takes tar files and folders of them. For each there is one file in --out, complete or absent:
-
-    00000.jsonl         a line {"image": "00000.tar/KEY", "caption": ...} for each image that can be read
-    unreadable.txt      what cannot be read
-    .parts/             what is not finished, and what of each shard cannot be read
-
-A killed call goes on by the same command. Each process captions shards of its own, in batches that are always
-the same images: so the captions are the same, however often the work is stopped. A shard that is newer than
-its captions is captioned again.
+For each shard there is one file in --out, complete or absent: 00000.jsonl, with a line {"image": "00000.tar/KEY",
+"caption": ...} for each image; of one that cannot be read the caption is null, and "error" says why. A killed call
+goes on by the same command, and has lost at most a shard a process. Each process captions shards of its own, in
+batches that are always the same images: so the captions are the same, however often the work is stopped.
 """
 
-import fcntl
 import io
 import json
 import sys
 import time
-from contextlib import suppress
+import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.distributed import RANK, WORLD_SIZE, all_gather, compile_if_possible, exit_reasons
-from data.distributed import init_process_group, on_every_rank, run_and_exit, select_device, start_workers
-from data.loader import SECOND_IMAGE, find_files, read_part, read_shard
-from data.results import report
-from data.run import checkpoint_fingerprint
-from data.settings import TEXT, Count, printable, read_settings, same_as_before, write_lines
-from vlv import VLV, VLVConfig, find_checkpoint, load_config, select_dtype, to_pixels
+from data import two_clips  # noqa: F401  for SDXL and SD 3
+from data.distributed import RANK, WORLD_SIZE, compile_parts, run_and_exit, select_device, select_dtype, start_workers
+from data.loader import find_files, read_part, read_shard
+from data.results import checkpoint_fingerprint, find_checkpoint
+from data.settings import Count, printable, read_settings, same_as_before, write_lines
+from vlv import VLV, CaptionHead, VLVConfig, load_config, to_pixels
 
 
 @dataclass
 class CaptionConfig:
-    shards: tuple[Path, ...]  # tar files, and folders of them
+    shards: Path  # a folder of tar files, or one of them
     ckpt: str = "out/stage2"  # a checkpoint folder, or a hub id that was downloaded
     out: Path = Path("captions")  # with several machines: on storage that all of them see
     num_beams: Annotated[int, 1, 100] = 1  # the paper's 4 are several times slower
@@ -51,164 +47,149 @@ class CaptionConfig:
     # auto: bf16 on GPUs that have it, and for large models on CPUs; else fp32. fp16 is for older GPUs
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     num_workers: Annotated[int, 0, 256] = 4  # processes that read and decode images ahead
-    usd_per_gpu_hour: Annotated[float, 0.001, 1000] = 2.5  # only for what it says about its cost
 
 
-class Shard:
-    """A tar file, and the files of its captions."""
+class ShardImages(torch.utils.data.Dataset):
+    """The images of a tar file. name: what lines call it, such as "00000.tar"."""
 
-    def __init__(self, path: Path, name: str, out: Path):
-        self.path, self.name, self.final = path, name, out / f"{name}.jsonl"
-        self.part, self.unreadable = out / ".parts" / f"{name}.jsonl", out / ".parts" / f"{name}.txt"
+    def __init__(self, path: Path, name: str, config: VLVConfig):
+        self.path, self.name, self.config = path, name, config
+        images, _, self.left_out = read_shard(path)
+        self.keys, self.spans = [*images], [*images.values()]
 
-    def is_done(self) -> bool:
-        """Whether its captions are complete, and not older than the shard."""
-        return self.final.exists() and self.final.stat().st_mtime >= self.path.stat().st_mtime
-
-    def start(self, batch_size: int):
-        """Opens the unfinished captions, for this process alone; one that outlives a killed call is waited
-        for. Only whole batches are kept. Returns the file, and how many images it has."""
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.part, "a+b")
-        with suppress(OSError):  # a file system without locks
+    def __getitems__(self, indices: list[int]) -> dict:
+        """{"lines": a record for each image, "images": (n, 3, S, S) uint8 of those that can be read}"""
+        lines, images = [{"image": f"{self.name}/{self.keys[i]}", "caption": None} for i in indices], []
+        for i, line in zip(indices, lines):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                tqdm.write(f"waiting for the process that still captions {self.path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        lines = file.readlines()
-        count = sum(line.endswith(b"\n") for line in lines) // batch_size * batch_size
-        file.truncate(sum(map(len, lines[:count])))
-        return file, count
-
-    def finish(self, problems: list[str]) -> None:
-        """Turns complete lines into the final file. If this is killed, it can be done again."""
-        records = [json.loads(line) for line in open(self.part, **TEXT)]
-        problems = problems + [record["problem"] for record in records if "problem" in record]
-        write_lines(self.unreadable, [printable(sentence) for sentence in problems])
-        self.final.parent.mkdir(parents=True, exist_ok=True)
-        captions = [json.dumps(record, ensure_ascii=False) for record in records if "caption" in record]
-        write_lines(self.final, captions)
-        self.part.unlink()
+                data = io.BytesIO(read_part(self.path, *self.spans[i]))
+                images.append(to_pixels(data, self.config.image_size, self.config.resize).numpy())
+            except OSError as error:
+                line["error"] = " ".join(str(error).split())
+        return {"lines": lines, "images": np.stack(images) if images else None}
 
 
-def read_images(indices, shard: Shard, keys: list[str], spans, config: VLVConfig) -> list[dict]:
-    """Of each image {"image": "00000.tar/KEY", "pixels": (3, S, S) uint8, or else "problem": a sentence}."""
-    items = [{"image": f"{shard.name}.tar/{keys[i]}"} for i in indices]
-    for i, item in zip(indices, items):
-        try:
-            data = io.BytesIO(read_part(shard.path, *map(int, spans[i, :2])))
-            item["pixels"] = to_pixels(data, config.image_size, config.resize)
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            item["problem"] = f"{item['image']}: cannot be read as an image: {reason}"
-    return items
-
-
-def prepare(args: CaptionConfig) -> tuple[Path, list[Shard], list[str]]:
-    """(checkpoint, shards, a sentence for each file that is out of reach). Raises ValueError or OSError if
-    there are no shards, two of them would have one captions file, or these would mix with others."""
-    checkpoint, shards, problems = find_checkpoint(args.ckpt), {}, []
-    for name in args.shards:
-        found = find_files(name)
-        problems += found.problems
-        if not found.shards:
-            hints = ["no tar shards are there; sample.py captions images", *found.problems]
-            raise ValueError(f"{name}: {'; '.join(hints)}")
-        for path in found.shards:
-            relative = path.relative_to(name if name.is_dir() else name.parent).with_suffix("").as_posix()
-            shard = shards.setdefault(relative, Shard(path, relative, args.out))
-            if shard.path != path:
-                raise ValueError(f"{shard.path} and {path} would both be {relative}.jsonl: use two --out")
-    if not shards:
-        raise ValueError("name tar shards, or folders of them")
-    if load_config(checkpoint).stage == 1:
-        raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
-    note = args.out / "settings.json"
-    others = [shard.final for shard in shards.values() if shard.final.exists() and not note.exists()]
-    if others:
-        raise ValueError(f"{others[0]} was not written by this program: choose another --out")
-    names = ("num_beams", "precision", "max_new_tokens", "batch_size")
-    settings = {name: getattr(args, name) for name in names}
-    settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
-    same_as_before(note, settings, "choose another --out")
-    return checkpoint, list(shards.values()), problems
-
-
-def caption_shard(args: CaptionConfig, model: VLV, device: torch.device, shard: Shard):
-    """Captions what is left of a shard. Yields after each batch: how many images, seconds waited for them."""
-    file, done = shard.start(args.batch_size)
-    if shard.is_done():  # the process that held the file has finished it
-        shard.part.unlink(missing_ok=True)
-        return
-    keys, spans, problems, left_out = read_shard(shard.path)
-    problems += [f"{shard.path}:{name}: another image has its key" for name in left_out[SECOND_IMAGE]]
-    problems += [] if keys or problems else [f"{shard.path}: it holds no images"]
-    size = args.batch_size
-    batches = [range(first, min(len(keys), first + size)) for first in range(done, len(keys), size)]
-    read = partial(read_images, shard=shard, keys=keys, spans=spans, config=model.config)
-    loader = start_workers(range(len(keys)), batches, min(args.num_workers, len(batches)), collate_fn=read)
+def caption_shard(args: CaptionConfig, model: VLV, dataset: ShardImages, out: Path):
+    """Writes the captions of a shard. Yields after each batch: how many images, how many of them cannot be read,
+    seconds waited for them."""
+    count, size, records = len(dataset.keys), args.batch_size, []
+    batches = [range(first, min(count, first + size)) for first in range(0, count, size)]
+    loader = start_workers(dataset, batches, min(args.num_workers, len(batches)))
     for _ in batches:
         start = time.perf_counter()
-        items = next(loader)
+        batch = next(loader)
         waited = time.perf_counter() - start
-        good = [item for item in items if "pixels" in item]
-        if good:
-            images = torch.stack([item.pop("pixels") for item in good]).to(device)
-            # eight at a time, for less memory, and always eight, as other numbers would be compiled anew
-            eights = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(good) % 8)).split(8)
-            prompt_embeds = torch.cat([model.embed(eight) for eight in eights])[: len(good)]
-            captions = model.caption_head.generate(prompt_embeds, args.num_beams, args.max_new_tokens)
-            for item, caption in zip(good, captions):
-                item["caption"] = caption
-        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        file.write(lines.encode(TEXT["encoding"], TEXT["errors"]))
-        file.flush()
-        yield len(items), waited
-    shard.finish(problems)
+        if batch["images"] is not None:
+            images = torch.from_numpy(batch["images"]).to(model.device)
+            # Eight at a time, for less memory, and always eight, as other numbers would be compiled anew.
+            eights = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % 8)).split(8)
+            c = torch.cat([model.embed(eight) for eight in eights])[: len(images)]
+            captions = iter(generate(model.caption_head, c, args.num_beams, args.max_new_tokens))
+            for line in batch["lines"]:
+                line["caption"] = None if "error" in line else next(captions)
+        records += batch["lines"]
+        yield len(batch["lines"]), sum("error" in line for line in batch["lines"]), waited
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(out, [json.dumps(record, ensure_ascii=False) for record in records])
+
+
+# --- fast decoding -------------------------------------------------------------------------------------------
+
+
+def generate(head: CaptionHead, c: torch.Tensor, num_beams: int, max_new_tokens: int) -> list[str]:
+    """See CaptionHead.generate. What is compiled runs eagerly here, as captions' lengths differ."""
+    llm, cache = head.llm, StaticCache(head.llm.config, max_cache_len=c.shape[1] + max_new_tokens)
+    can_record = c.is_cuda and llm._can_compile_fullgraph and not getattr(llm.config, "alibi", False)
+    with torch.compiler.set_stance("force_eager"):
+        # A sliding window has a length that is no tensor.
+        if num_beams == 1 and can_record and all(type(layer) is StaticLayer for layer in cache.layers):
+            return head.decode(greedy_search(head, head.mlp(c).to(llm.dtype), cache, max_new_tokens))
+        return head.generate(c, num_beams, max_new_tokens)
+
+
+@torch.no_grad()
+def greedy_search(head: CaptionHead, prefix: torch.Tensor, cache: StaticCache, max_new_tokens: int) -> torch.Tensor:
+    """Returns the token ids, (B, T), that head.llm.generate finds after prefix, (B, N, width). There each token
+    waits for Python, for one image as long as for 256; here a GPU records a step and replays it."""
+    eos = head.tokenizer.eos_token_id
+    token = head.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+    ids = [token.clone()]
+
+    def step():
+        following = head.llm(input_ids=token, past_key_values=cache).logits.argmax(-1)
+        token.copy_(following.masked_fill(token == eos, eos))  # what has ended stays so
+
+    run = step
+    # Whether all have ended is asked now and then, as the answer is waited for.
+    while len(ids) < max_new_tokens and not (len(ids) % 16 == 0 and (token == eos).all()):
+        if prefix.is_cuda and len(ids) == 3:  # two steps have set up what is to be recorded
+            run = record(step, prefix.device)
+        else:
+            run()
+        ids.append(token.clone())
+    return torch.cat(ids, 1)
+
+
+@lru_cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def record(step, device: torch.device):
+    """Runs a step, and returns what runs it again: a CUDA graph; or step, if it waits for values."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    if any("synchronizing CUDA operation" in str(warning.message) for warning in warned):
+        return step
+    graph = torch.cuda.CUDAGraph()
+    # What is recorded is not run; other threads may go on meanwhile.
+    with torch.cuda.graph(graph, stream=recording_stream(device), capture_error_mode="thread_local"):
+        step()
+    return graph.replay
 
 
 @torch.inference_mode()
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     args = read_settings(CaptionConfig, argv, __doc__)
-    device = on_every_rank(lambda: select_device("auto"))
+    device, checkpoint = select_device("auto"), find_checkpoint(args.ckpt)
     args.batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
-    init_process_group("gloo", hours=720)  # who is done waits for the others
-    checkpoint, shards, unreadable = on_every_rank(lambda: prepare(args))
-    mine = [shard for shard in shards if not shard.is_done()][RANK::WORLD_SIZE]
-    how = dict(with_unet=False, dtype=select_dtype(args.precision, device, checkpoint), device=device)
-    model = on_every_rank(lambda: VLV.from_pretrained(checkpoint, **how) if mine else None)
-    if mine:
-        compile_if_possible(model, device)
-    count, waited, start = 0, 0.0, time.perf_counter()
-    bar = tqdm(total=len(mine), unit=" shards", disable=RANK > 0 or not mine)
-    try:
-        for shard in mine:
-            for images, seconds in caption_shard(args, model, device, shard):
-                count += images
-                waited += seconds
-                elapsed = time.perf_counter() - start
-                per_dollar = count / elapsed * 3600 / args.usd_per_gpu_hour
-                rate, waiting = count / elapsed * WORLD_SIZE, waited / elapsed
-                bar.set_postfix_str(f"{rate:,.1f}/s, {per_dollar:,.0f} per dollar, {waiting:.0%} waiting")
-                if exit_reasons:
-                    sys.exit("stopped by the end of torchrun; the same command goes on")
-            bar.update()
-        all_gather(None)  # the others are done, too
-        if RANK > 0:
-            return 0
-        for shard in shards:
-            if shard.unreadable.exists():
-                unreadable += shard.unreadable.read_text(encoding="utf-8").splitlines()
-        if unreadable or (args.out / "unreadable.txt").exists():
-            write_lines(args.out / "unreadable.txt", unreadable)
-    except OSError as error:
-        sys.exit(f"error: {error.filename or args.out}: {error.strerror or error}; what is done is kept")
-    bar.close()
-    print(f"captions are in {args.out}/" + ("" if mine else "; nothing was left to do"), file=sys.stderr)
-    return report(unreadable)
+    if load_config(checkpoint).stage == 1:
+        raise ValueError(f"captions need a stage-2 checkpoint, but {checkpoint} is one of stage 1")
+    top, shards = args.shards if args.shards.is_dir() else args.shards.parent, find_files(args.shards).shards
+    if not shards:
+        raise ValueError(f"{args.shards}: no tar shards are there; sample.py captions images")
+    names = ("num_beams", "precision", "max_new_tokens", "batch_size")
+    settings = {name: getattr(args, name) for name in names} | {"checkpoint": checkpoint_fingerprint(checkpoint)}
+    files = {shard: args.out / shard.relative_to(top).with_suffix(".jsonl") for shard in shards}
+    if any(out.exists() for out in files.values()) and not (args.out / "settings.json").exists():
+        raise ValueError(f"{args.out} has files that were not written by this program: choose another --out")
+    same_as_before(args.out / "settings.json", settings, "choose another --out")
+    mine = shards[RANK::WORLD_SIZE]
+    left = [shard for shard in mine if not files[shard].exists()]
+    if left:
+        dtype = select_dtype(args.precision, device, checkpoint)
+        model = VLV.from_pretrained(checkpoint, with_unet=False, dtype=dtype, device=device)
+        if device.type == "cuda":
+            compile_parts(model)
+    count, unreadable, waited, start = 0, 0, 0.0, time.perf_counter()
+    bar = tqdm(left, unit=" shards", disable=RANK > 0 or not left)
+    for shard in bar:
+        dataset = ShardImages(shard, shard.relative_to(top).as_posix(), model.config)
+        for reason, examples in dataset.left_out.items():
+            if examples:
+                tqdm.write(printable(f"left out: {len(examples):,} {reason}, such as {examples[0]}"), sys.stderr)
+        for images, bad, seconds in caption_shard(args, model, dataset, files[shard]):
+            count, unreadable, waited = count + images, unreadable + bad, waited + seconds
+            elapsed = time.perf_counter() - start
+            bar.set_postfix_str(f"{count / elapsed * WORLD_SIZE:,.1f}/s, {waited / elapsed:.0%} waiting")
+    print(f"process {RANK}: the captions of {len(mine):,} shards are in {args.out}/; of {count:,} new images"
+          f" {unreadable:,} could not be read", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_and_exit(main, "stopped; the same command goes on")
+    run_and_exit(main)

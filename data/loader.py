@@ -1,71 +1,46 @@
 """
-Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes them) or plain folders
-(NAME.png with NAME.txt), by random access: the batch of any training step can be read directly, so a run
-resumes at once.
+Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes them) or plain folders (NAME.png
+with NAME.txt), by random access: the batch of any training step can be read directly, so a run resumes at once.
 """
 
-import filecmp
 import hashlib
 import io
 import json
 import os
 import posixpath
-import re
+import shutil
+import signal
 import tarfile
+import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
 from tqdm import tqdm
 
-from data.settings import printable, read_json, write_atomically, write_json
+from data.distributed import end_with_parent
+from data.settings import printable, read_json, write_json
 from vlv import to_pixels
 
-IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
-                      " .heic .heif .jp2 .j2k .apng .tga .ico .psd".split())
-COMPANIONS = (".txt", ".json", ".jsonl", ".html", ".tar", ".npy", ".bin")  # beside images
-INDEX_VERSION = 4  # of what read_shard takes from a shard
-SECOND_IMAGE = "images beside another of their key are left out"
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+COMPANIONS = (".json", ".jsonl", ".html", ".npy", ".parquet")  # what may lie beside images
+INDEX_VERSION = 5
+LATENTS_A_FILE = 1024
 
 
-def find_files(top: Path) -> SimpleNamespace:
-    """What is below a folder, also behind links, sorted, without hidden files (thumbnail caches and the
-    like): images, tar shards, texts and others; and problems, a sentence for each that is out of reach. Or
-    what a file is."""
-    files, seen = [top] if top.is_file() else [], set()
-    found = SimpleNamespace(images=[], shards=[], texts=[], others=[], problems=[])
-    fail = lambda error: found.problems.append(f"{printable(error.filename)}: {error.strerror}")
-    for root, folders, names in () if files else os.walk(top, followlinks=True, onerror=fail):
-        real = os.path.realpath(root)
-        if real in seen:  # a link led back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    for path in sorted(files):
-        ending = path.suffix.lower()
-        if not path.is_file():
-            found.problems.append(f"{printable(path)}: it is a link that leads nowhere, or no file")
-        elif re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", path.name, re.IGNORECASE):
-            found.problems.append(printable(f"{path}: a compressed tar file: unpack it, as with gunzip"))
-        elif ending in IMAGE_ENDINGS:
-            found.images.append(path)
-        elif ending in (".tar", ".txt"):
-            (found.shards if ending == ".tar" else found.texts).append(path)
-        elif ending not in COMPANIONS:
-            try:
-                Image.open(path).close()  # its ending does not tell, but what is in it does
-                found.images.append(path)
-            except Exception:  # of any of Pillow's plugins
-                found.others.append(path)
-    return found
+class UnreadableData(Exception):
+    """More of the samples are broken than a run should go on with."""
+
+
+def digest(parts: list) -> str:
+    """A name for what has these parts."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def read_part(path: Path, at: int, size: int = -1) -> bytes:
@@ -74,336 +49,283 @@ def read_part(path: Path, at: int, size: int = -1) -> bytes:
         return file.read(size)
 
 
-def read_captions(path: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """{image: (first byte, -bytes) of its line} of JSON lines with a caption; and a sentence about lines that
-    are something else. Raises OSError."""
-    found, bad, at = {}, [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                image, caption = record["image"], record["caption"]
-                if not isinstance(image, str) or not isinstance(caption, str | None):
-                    raise TypeError
-                if caption:
-                    found[image] = at, -len(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                bad.append(at)
-            at += len(line)
-    about = [f"{path}: {len(bad):,} lines lack image or caption, the first at byte {bad[0]:,}"] if bad else []
-    return found, about
+def find_files(top: Path) -> SimpleNamespace:
+    """What is below a folder, also behind links, sorted, without hidden files (thumbnail caches and the
+    like): images, tar shards, texts, and others. Or what a file is."""
+    files, seen = [top] if top.is_file() else [], set()
+    found = SimpleNamespace(images=[], shards=[], texts=[], others=[])
+    note = lambda error: found.others.append(Path(error.filename))  # a folder that cannot be read
+    for root, folders, names in () if files else os.walk(top, followlinks=True, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(root)) in seen:  # a link led back
+            folders.clear()
+        else:
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    kinds = {".tar": found.shards, ".txt": found.texts} | dict.fromkeys(IMAGE_ENDINGS, found.images)
+    for path in sorted(files):
+        ending = path.suffix.lower()
+        if ending not in COMPANIONS:
+            (kinds.get(ending, found.others) if path.is_file() else found.others).append(path)
+    return found
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """Images, their captions and their latents' moments.
 
     folder: holds *.tar shards at any depth, or else images. resize: see VLVConfig. with_captions: an image
-    without one is unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a folder
-    of images, to replace their texts; images without a line there are left out. latents_of: the model whose
-    moments data/latents.py has computed ahead; None: no moments. `fingerprint` is the same as long as the
-    samples are; `problems` are sentences about what cannot be used. Raises ValueError if that is all."""
-
-    attempts = 1000
+    without one counts as unreadable. captions: data/caption.py's --out, or sample.py's captions.jsonl for a
+    folder of images, in the place of their texts; images without a line there are left out. latents_of: the
+    model whose moments data/latents.py has computed ahead; None: no moments. replace: a sample that cannot be
+    read is replaced by the next that can; else it is left out.
+    `fingerprint` covers the number of images, and the names and sizes of their files; `problems` are
+    sentences about what is left out. Raises ValueError if there is nothing to read."""
 
     def __init__(self, folder, size: int, with_captions=False, latents_of: str | None = None, captions="",
-                 resize="bicubic"):
+                 resize="bicubic", replace=True):
         self.folder, self.size, self.resize, self.with_captions = Path(folder), size, resize, with_captions
-        if not str(folder):
-            raise ValueError("the data folder's name is empty")
-        if not self.folder.is_dir():
-            is_file = self.folder.exists()
-            hint = "is a file: name a folder" if is_file else "does not exist; make it, or name another"
-            raise ValueError(f"data folder {folder} {hint}")
+        self.replace, self.was_read, self.was_bad = replace, 0, 0  # samples, by this process
+        if not str(folder) or not self.folder.is_dir():
+            raise ValueError(f"data folder {str(folder)!r} does not exist: make it, or name another")
         found = find_files(self.folder)
-        self.problems, self.files = found.problems, found.shards or found.images
-        if found.shards:
-            self.open_shards(found.images, captions)
-        else:
-            self.open_files(found, captions)
-        with_text = np.count_nonzero(self.index[:, 4])
-        self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
-        if not len(self):
+        self.files = found.shards or found.images
+        index = find_index(self.folder, found, captions)
+        about = read_json(index / "about.json")
+        self.problems, with_text = about["problems"], about["captions"]
+        if not about["images"]:
             recipe = self.folder / "prepare.py"
             hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
-            raise ValueError(f"data folder {folder} holds neither images nor tar shards{hint}")
+            raise ValueError("; ".join([f"data folder {folder} holds no images", *self.problems]) + hint)
         if with_captions and not with_text:
-            lacks = "its shards hold no KEY.txt" if found.shards else "no image has a NAME.txt beside it"
-            raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {lacks}")
-        self.moments = load_latents(self, latents_of)[0] if latents_of else None
-
-    def open_files(self, found: SimpleNamespace, captions: str) -> None:
-        """Sets `text_files`, `fingerprint` and `index`, as open_shards does, of a folder of images."""
-        if captions:
-            lines = Path(captions, "captions.jsonl") if Path(captions).is_dir() else Path(captions)
-            try:
-                places, bad = read_captions(lines)
-            except OSError as error:
-                raise ValueError(f"captions of a folder of images are JSON lines: {error}") from error
-            self.problems += bad
-            places = {Path(image).resolve(): (lines, *place) for image, place in places.items()}
-            texts = {path: places[path.resolve()] for path in self.files if path.resolve() in places}
-            self.files = [*texts]
-        else:
-            places = {path.with_suffix(""): (path, 0, path.stat().st_size) for path in found.texts}
-            texts = {path: places.get(path.with_suffix(""), (None, 0, 0)) for path in self.files}
-            others = sorted({*found.others, *found.texts} - {text for text, _, _ in texts.values()})
-            if others:
-                count = f"{len(others):,} files are no images that can be read, or texts without one"
-                self.problems.append(printable(f"{self.folder}: {count}, such as {others[0]}"))
-        self.text_files = [text for text, _, _ in texts.values()]
-        rows = [(number, 0, -1, at, size) for number, (_, at, size) in enumerate(texts.values())]
-        self.index = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        names = "\n".join(str(f.relative_to(self.folder)) for f in self.files)
-        self.fingerprint = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+            kind = "its shards hold no KEY.txt" if found.shards else "no image has a NAME.txt beside it"
+            raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {kind}")
+        self.index = np.memmap(index / "rows", np.int64, "r").reshape(-1, 5)
+        self.texts = np.memmap(index / "texts", np.uint8, "r") if with_text else b""
+        self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
+        sizes = [f"{path.relative_to(self.folder)} {path.stat().st_size}" for path in self.files]
+        self.fingerprint = digest([len(self), *sizes])
+        self.latents = find_latents(self, latents_of) if latents_of else None
 
     def __len__(self):
         return len(self.index)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> dict:
-        """place: i, or (i, seed). Returns read(i) with "seed", "skipped": [sentence] and "unreadable". A
-        sample that cannot be read is skipped for the next that can; "skipped" names it. If `attempts` in a
-        row cannot be read, "unreadable" is a sentence instead of None, and the image is black."""
-        i, seed = place if isinstance(place, tuple) else (place, None)
-        item = dict(seed=seed, skipped=[], unreadable=None)
-        for attempt in range(min(len(self), self.attempts)):
-            try:
-                return self.read((i + attempt) % len(self)) | item
-            except OSError as error:
-                item["skipped"].append(" ".join(str(error).split()))
-        count, last = len(item["skipped"]), item["skipped"][-1]
-        item["unreadable"] = f"{count} samples in a row cannot be read in {self.folder}; the last: {last}"
-        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        moments = None if self.moments is None else torch.from_numpy(np.array(self.moments[0]))
-        return item | dict(image=black, caption="", moments=moments)
+    def __getitems__(self, indices: list[int]) -> dict:
+        """A batch: "indices" of its B samples; "images" (B, 3, size, size) uint8; "captions", B texts; "moments"
+        (B, 2C, h, w) half or None; "skipped", a sentence for each sample that cannot be read. Raises
+        UnreadableData when too many had to be replaced."""
+        found, skipped = [], []
+        for i in indices:
+            while True:
+                self.was_read += 1
+                try:
+                    found.append((i, *self.read(i)))
+                    break
+                except OSError as error:
+                    skipped.append(" ".join(str(error).split()))
+                    self.was_bad += 1
+                    if not self.replace:
+                        break
+                i = (i + 1) % len(self)
+                if self.was_bad > 10 + 0.01 * self.was_read:
+                    raise UnreadableData(f"{self.was_bad:,} of {self.was_read:,} samples of {self.folder} cannot be"
+                                         f" read; the last: {skipped[-1]}")
+        indices, images, captions, moments = zip(*found) if found else [()] * 4
+        images = np.stack(images) if found else np.empty((0, 3, self.size, self.size), np.uint8)
+        moments = np.stack(moments) if found and self.latents else None
+        return dict(indices=indices, images=images, captions=captions, moments=moments, skipped=skipped)
 
-    def read(self, i: int) -> dict:
-        """Sample i: {"image": (3, size, size) uint8, "caption": text or None, "moments": (2C, h, w) half or
-        None}. Raises OSError, with the sample's name."""
+    def read(self, i: int) -> tuple[np.ndarray, str, np.ndarray | None]:
+        """Sample i: the image, (3, size, size) uint8, its caption, "" where there is none, and its moments.
+        Raises OSError, with the sample's name."""
         number, at, size, text_at, text_size = map(int, self.index[i])
-        path, caption, moments = self.files[number], None, None
+        path, moments = self.files[number], None
         try:
-            if self.with_captions:
-                text = read_part(self.text_files[number], text_at, abs(text_size)) if text_size else b""
-                caption = (caption_in(text) or "" if text_size < 0 else text.decode("utf-8-sig")).strip()
-                if not caption:
-                    raise OSError("no caption")
-            image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize)
-            if self.moments is not None:
-                moments = torch.from_numpy(np.array(self.moments[i]))
-                if not moments.isfinite().all():
-                    raise OSError("it has no latents: data/latents.py could not read it; run that again")
+            caption = bytes(self.texts[text_at : text_at + text_size])
+            caption = caption.decode("utf-8-sig", "strict" if self.with_captions else "replace").strip()
+            if self.with_captions and not caption:
+                raise OSError("no caption")
+            image = to_pixels(io.BytesIO(read_part(path, at, size)), self.size, self.resize).numpy()
+            if self.latents:
+                file, row = divmod(i, LATENTS_A_FILE)
+                moments = np.load(self.latents / f"{file:06d}.npy", mmap_mode="r")[row].copy()
+                if not np.isfinite(moments).all():
+                    raise OSError("it has no latents: data/latents.py could not read it")
+            return image, caption, moments
         except (OSError, UnicodeDecodeError) as error:
-            if isinstance(error, UnicodeDecodeError):
-                error = "its caption is not UTF-8: convert it, as iconv does"
+            reason = "its caption is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
             name = str(path)
-            if at:  # in a shard: before the image is its header, which begins with its name
+            if size >= 0:  # in a shard: before the image is its header, which begins with its name
                 name += ":" + read_part(path, at - 512, 100).split(bytes(1))[0].decode(errors="replace")
-            raise OSError(f"{printable(name)}: {error}") from None
-        return {"image": image, "caption": caption, "moments": moments}
-
-    def open_shards(self, images: list[Path], captions: str) -> None:
-        """Sets `text_files`, one for each of `files`; `index`, (n, 5) int64: number of the file, and what
-        index_shard says; and `fingerprint`. The index is kept in the folder (of the captions, if given; with
-        the hub's files, where that is read-only) until a file changes."""
-        cache, self.text_files = Path(captions or self.folder), self.files
-        if captions:
-            if not cache.is_dir():
-                raise ValueError(f"captions must be a folder of JSON lines ({captions}) for tar shards")
-            self.text_files = [cache / f.relative_to(self.folder).with_suffix(".jsonl") for f in self.files]
-        if images:
-            loose = f"{len(images):,} images beside the tar shards are left out"
-            self.problems.append(f"{self.folder}: {loose}, such as {images[0]}")
-        tops = {path: self.folder for path in self.files} | {path: cache for path in self.text_files}
-        stamp = [[str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns]
-                 for path, top in tops.items() if path.exists()]
-        if not os.access(cache, os.W_OK):
-            cache = Path(HF_HOME, "vlv", hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:16])
-        array_file, about_file = cache / "index.bin", cache / "index.json"
-        try:
-            about = read_json(about_file)
-            if about != about | describe_index(array_file, stamp):
-                raise ValueError
-        except (OSError, ValueError):  # none yet, a damaged one, or one of other files
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                problems = write_atomically(array_file, self.write_index)
-                about = describe_index(array_file, stamp) | {"problems": problems}
-                write_json(about_file, about)
-            except OSError as error:
-                where = error.filename or f"{cache}, or /dev/shm"
-                raise ValueError(f"cannot make the index of the data: {where}: {error.strerror}") from error
-        self.problems += about["problems"]
-        self.fingerprint = about["fingerprint"]
-        self.index = np.memmap(array_file, np.int64, mode="r").reshape(-1, 5)
-
-    def write_index(self, path: Path) -> list[str]:
-        """Returns sentences about what cannot be used. Raises ValueError if that is all."""
-        problems, left_out, count = [], {}, len(self.files)
-        with ProcessPoolExecutor(min(os.cpu_count(), count)) as pool, open(path, "wb") as file:
-            found = pool.map(index_shard, self.files, self.text_files)
-            found = tqdm(found, desc=f"indexing {self.folder}", total=count, disable=count < 10)
-            for number, (spans, broken, others) in enumerate(found):
-                np.insert(spans, 0, number, axis=1).tofile(file)
-                problems += broken
-                for reason, names in others.items():
-                    many, example = left_out.get(reason, (0, names[0]))
-                    left_out[reason] = many + len(names), example
-        for reason, (many, example) in left_out.items():
-            problems.append(printable(f"{self.folder}: {many:,} {reason}, such as {example}"))
-        if not path.stat().st_size:
-            what = "images in them" if self.text_files == self.files else "images with captions"
-            raise ValueError(f"{self.folder} has {count} tar shards, but no {what}: {problems[0]}")
-        return problems
+            raise OSError(f"{printable(name)}: {reason}") from None
 
 
 def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
-    """Raises ValueError for a file that two data sets both hold; of shards also copies are found."""
-    files, shards_of_size = {}, defaultdict(list)
-    for path in a.files:
-        state = path.stat()
-        files[state.st_dev, state.st_ino] = path
-        if path.suffix.lower() == ".tar":
-            shards_of_size[state.st_size].append(path)
+    """Raises ValueError for a file that two data sets both hold."""
+    files = {(path.stat().st_dev, path.stat().st_ino): path for path in a.files}
     for path in b.files:
-        state = path.stat()
-        copies = (s for s in shards_of_size[state.st_size] if filecmp.cmp(s, path, shallow=False))
-        if same := files.get((state.st_dev, state.st_ino)) or next(copies, None):
+        if same := files.get((path.stat().st_dev, path.stat().st_ino)):
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
-class SyntheticDataset(torch.utils.data.Dataset):
-    """One random image with a caption of so many words, over and over, for benchmarks. moments_shape: (2C, h,
-    w), as if moments had been computed ahead; None: no moments."""
-
-    problems, summary, fingerprint = [], "synthetic images", "synthetic"
-
-    def __init__(self, size: int, caption_words: int, moments_shape: tuple | None = None):
-        moments = None if moments_shape is None else torch.zeros(moments_shape, dtype=torch.float16)
-        self.item = dict(image=torch.randint(0, 256, (3, size, size), dtype=torch.uint8),
-                         caption="a " * caption_words, moments=moments, skipped=[], unreadable=None)
-
-    def __len__(self):
-        return 1_000_000
-
-    def __getitem__(self, place):
-        return self.item | {"seed": place[1] if isinstance(place, tuple) else None}
+# --- the index -----------------------------------------------------------------------------------------------
 
 
-def read_shard(path: Path) -> tuple[list[str], np.ndarray, list[str], dict[str, list[str]]]:
-    """The keys of a shard's n images; (n, 4) int64: image offset, image size, text offset, text size (0, 0
-    without a text, below 0 of a JSON file with a "caption"); what is wrong with the shard; and names of what
-    is left out, by the reason.
+def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
+    """The index of a folder's files with these captions, a folder with: rows, (n, 5) int64, the number of an
+    image's file, its offset and size there (0, -1: all of it), and those of its caption in texts; and
+    about.json. It is made if there is none. Its name says what it is of, and it lies with the hub's files, as
+    data may lie where nothing can be written."""
+    files, sources = found.shards or found.images, found.texts
+    if captions and found.shards:
+        sources = [Path(captions, path.relative_to(folder)).with_suffix(".jsonl") for path in files]
+    elif captions:
+        sources = [Path(captions, "captions.jsonl") if Path(captions).is_dir() else Path(captions)]
+    stamps = [INDEX_VERSION]
+    for path in [*files, *sources, *found.others]:
+        state = path.stat() if path.exists() else None
+        stamps.append(f"{path.absolute()} {state and (state.st_size, state.st_mtime_ns)}")
+    pair = Path(HF_HOME, "vlv", digest([folder.resolve(), captions and Path(captions).resolve()]))
+    index = pair / digest(stamps)
+    if (index / "about.json").exists():
+        return index
+    left_out = {"images are beside tar shards": found.images, "files are no tar shards": found.others}
+    if not found.shards:
+        stems = {path.with_suffix("") for path in files}
+        texts = [path for path in found.texts if path.with_suffix("") not in stems]
+        left_out = {"files are no images, nor their texts": found.others + texts}
+    count = min(os.cpu_count(), max(1, len(files)))
+    with ProcessPoolExecutor(count, initializer=end_with_parent, initargs=(signal.SIGKILL,)) as pool:
+        if found.shards:
+            entries = pool.map(index_shard, files, sources if captions else [None] * len(files))
+        else:
+            lines = {Path(image).resolve(): text for image, text in read_captions(sources[0])} if captions else None
+            entries = map(partial(index_image, lines=lines), files)
+        entries = tqdm(entries, f"indexing {folder}", len(files), disable=len(files) < 10, unit=" files")
+        pair.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=pair))
+        write_index(unfinished, entries, left_out)
+    with suppress(OSError):  # another process was faster
+        os.rename(unfinished, index)
+    for old in {*pair.glob("[!t]*")} - {index}:  # of the same folder, before it changed; tmp... is being written
+        shutil.rmtree(old, ignore_errors=True)
+    return index
 
-    As in webdataset, a sample's key ends at the first dot of the file's name: KEY.jpg and KEY.txt belong
-    together, and so do KEY.image.png, KEY.mask.png and KEY.caption.txt."""
-    places, links, problems, samples, left_out = {}, {}, [], defaultdict(list), defaultdict(list)
+
+def write_index(index: Path, entries, left_out: dict[str, list]) -> None:
+    """entries: of each file what index_shard returns."""
+    left_out = defaultdict(list, left_out)
+    with open(index / "rows", "wb") as rows, open(index / "texts", "wb") as texts:
+        count = with_text = 0
+        for number, (spans, captions, left_out_here) in enumerate(entries):
+            sizes = np.array([len(caption) for caption in captions], dtype=np.int64)
+            at = texts.tell() + np.cumsum(sizes) - sizes
+            table = np.column_stack([np.full(len(spans), number), np.reshape(spans, (-1, 2)), at, sizes])
+            table.astype(np.int64).tofile(rows)
+            texts.write(b"".join(captions))
+            count, with_text = count + len(spans), with_text + np.count_nonzero(sizes)
+            for reason, names in left_out_here.items():
+                left_out[reason] += names
+    problems = [printable(f"left out: {len(names):,} {reason}, such as {names[0]}")
+                for reason, names in left_out.items() if names]
+    write_json(index / "about.json", dict(images=count, captions=int(with_text), problems=problems))
+
+
+def index_image(path: Path, lines: dict[Path, str] | None) -> tuple[list, list[bytes], dict]:
+    """See index_shard. lines: captions in the place of NAME.txt."""
+    if lines is None:
+        text = path.with_suffix(".txt")
+        return [(0, -1)], [text.read_bytes() if text.is_file() else b""], {}
+    if path.resolve() not in lines:
+        return [], [], {"images have no line among the captions": [path]}
+    return [(0, -1)], [encode(lines[path.resolve()])], {}
+
+
+def encode(text: str) -> bytes:
+    return text.encode(errors="replace")
+
+
+def index_shard(path: Path, captions: Path | None) -> tuple[list, list[bytes], dict[str, list[str]]]:
+    """(offset and size of each image, its caption or b"", names of what is left out by the reason). captions:
+    JSON lines in the place of the shard's texts; images without a line are left out."""
+    images, texts, left_out = read_shard(path)
+    if captions is None:
+        return [*images.values()], [texts.get(key, b"") for key in images], left_out
+    lines = read_captions(captions) if captions.exists() else []
+    texts = {image.partition(f"{captions.stem}.tar/")[2]: encode(text) for image, text in lines}
+    left_out["images have no line among the captions"] = [f"{path}:{key}" for key in images.keys() - texts.keys()]
+    left_out["lines of captions are of no image"] = [f"{captions}: {key}" for key in texts.keys() - images.keys()]
+    kept = [key for key in images if key in texts]
+    return [images[key] for key in kept], [texts[key] for key in kept], left_out
+
+
+def read_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], dict[str, list[str]]]:
+    """({key: offset and size of its image}, {key: its text}, names of what is left out by the reason) of a tar
+    file. As in webdataset, a sample's key ends at the first dot of the file's name. The first image of a key
+    counts, and the first text."""
+    images, texts, left_out = {}, {}, defaultdict(list)
     try:
-        end = path.stat().st_size
-        if read_part(path, 0, 2) == b"\x1f\x8b":
-            raise tarfile.ReadError("it is compressed: unpack it with gunzip")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name = posixpath.normpath(member.name)
-                if name in places:
-                    left_out["names come twice, and the last is taken"].append(name)
-                if member.isfile():
-                    if member.offset_data + member.size > end:
-                        raise tarfile.ReadError("it ends in the middle of a file")
-                    places[name] = member.offset_data, member.size
-                elif member.issym() or member.islnk():
-                    base = posixpath.dirname(name) if member.issym() else ""
-                    links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
+                folder, name = posixpath.split(posixpath.normpath(member.name))
+                key, ending = posixpath.join(folder, name.split(".")[0]), posixpath.splitext(name)[1].lower()
+                if member.isdir() or name.startswith(".") or ending in COMPANIONS:  # ._KEY.jpg is macOS's
+                    continue
+                if not member.isreg() or member.sparse is not None:
+                    left_out["members are links or sparse"].append(f"{path}:{member.name}")
+                elif member.offset_data + member.size > path.stat().st_size:
+                    raise tarfile.ReadError("it ends in the middle of a file")
+                elif ending == ".txt" and key not in texts:
+                    texts[key] = tar.extractfile(member).read()
+                elif ending in IMAGE_ENDINGS and key not in images:
+                    images[key] = member.offset_data, member.size
+                else:
+                    left_out["members are of other kinds, or second ones of a key"].append(f"{path}:{member.name}")
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile stops without a word where no header is
                 raise tarfile.ReadError("its end is missing")
     except (OSError, tarfile.TarError) as error:
-        problems.append(f"{path}: broken shard ({error}); what is before the break is used")
-    for name, target in links.items():
-        for _ in range(8):  # links to links
-            target = links.get(target, target)
-        if target in places:
-            places[name] = places[target]
-        else:
-            problems.append(printable(f"{path}:{name}: it is a link to {target}, which is not there"))
-    for name in places:
-        folder, file = posixpath.split(name)
-        if not file.startswith("."):  # ._KEY.jpg is what macOS adds
-            samples[posixpath.join(folder, file.split(".")[0])].append(name)
-    spans = {}
-    for key, names in samples.items():
-        # KEY.jpg goes before KEY.image.png, and that before KEY.mask.png
-        names.sort(key=lambda name: (name.count("."), ".image." not in name, ".caption." not in name))
-        of_kind = lambda *endings: [n for n in names if posixpath.splitext(n)[1].lower() in endings]
-        images, texts, jsons = of_kind(*IMAGE_ENDINGS), of_kind(".txt"), of_kind(".json")
-        left_out["files are of other kinds"] += {*names} - {*images, *texts, *jsons}
-        left_out[SECOND_IMAGE] += images[1:]
-        if not images:
-            left_out["texts have no image"] += texts
-            continue
-        captions = [places[name] for name in texts] or [(at, -size) for at, size in map(places.get, jsons)
-                                                        if caption_in(read_part(path, at, size)) is not None]
-        spans[key] = *places[images[0]], *(captions or [(0, 0)])[0]
-    return list(spans), np.array(list(spans.values()), dtype=np.int64).reshape(-1, 4), problems, left_out
+        left_out["shards are broken, and used up to the break"].append(f"{path} ({error})")
+    left_out["texts have no image"] = [f"{path}:{key}" for key in texts.keys() - images.keys()]
+    left_out["shards hold no images"] = [] if images else [str(path)]
+    return images, texts, left_out
 
 
-def caption_in(record: bytes) -> str | None:
-    """The "caption" of a JSON object, if it is a text."""
-    try:
-        return json.loads(record)["caption"].encode(errors="replace").decode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+def read_captions(path: Path) -> list[tuple[str, str]]:
+    """(image, caption) of JSON lines, but of those whose caption is null. Raises ValueError for a line that is
+    something else, and OSError."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                found += [(record["image"] + "", record["caption"] + "")] if record["caption"] else []
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"{path}, line {number} has no image and caption") from None
+    return found
 
 
-def index_shard(path: Path, captions: Path) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
-    """What read_shard says, without the keys. captions: the shard itself, or JSON lines to replace its texts;
-    images without a line are left out."""
-    keys, spans, problems, left_out = read_shard(path)
-    left_out["shards hold no images"] = [] if keys else [str(path)]
-    if captions != path:
-        missing = [] if captions.exists() else [str(captions)]
-        left_out["shards have no captions, as their files are not there"] = missing
-        lines, bad = ({}, []) if missing else read_captions(captions)
-        key_of = lambda image: f"/{image}".partition(f"/{captions.stem}.tar/")[2]
-        texts = {key_of(image): place for image, place in lines.items()}
-        kept = [i for i, key in enumerate(keys) if key in texts]
-        left_out["images have no line among the captions"] = [key for key in keys if key not in texts]
-        left_out["lines of captions are of no image here"] = [str(captions)] * (len(lines) - len(kept))
-        spans[kept, 2:] = np.array([texts[keys[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-        spans, problems = spans[kept], problems + bad
-    return spans, problems, {reason: names for reason, names in left_out.items() if names}
-
-
-def describe_index(array_file: Path, stamp: list) -> dict:
-    """What index.json says of index.bin. The fingerprint is of the shards' names and sizes, and of every
-    sample's place in them."""
-    with open(array_file, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps([shard[:2] for shard in stamp]).encode())
-    return dict(version=INDEX_VERSION, shards=stamp, fingerprint=digest.hexdigest())
-
-
-def load_latents(dataset: ImageTextDataset, model: str, mode="r") -> tuple[np.ndarray, np.ndarray]:
-    """What data/latents.py has computed, memory-mapped: (n, 2C, h, w) half, NaN for what could not be read;
-    and (n) uint8, 0 for what is still to do. mode: "r+" to go on with that. Raises ValueError if they are of
-    other images, or not finished."""
-    folder = dataset.folder
-    try:
-        moments, done = [np.load(folder / f"latents{kind}.npy", mode) for kind in ("", ".done")]
-        if {"resize": "bicubic"} | read_json(folder / "latents.json") != describe_latents(dataset, model):
-            raise ValueError("they are of other images or another model")
-        if not len(moments) == len(done) == len(dataset) or (mode == "r" and (done == 0).any()):
-            raise ValueError("they are not finished")
-    except (OSError, ValueError) as error:
-        flags = f"--diffusion_model {model} --image_size {dataset.size} --resize {dataset.resize}"
-        raise ValueError(f"{folder} has no latents ({error}); compute them with: python data/latents.py"
-                         f" {folder} {flags}") from error
-    return moments, done
+# --- latents that were computed ahead ------------------------------------------------------------------------
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
-    """What latents depend on; kept beside them. Older ones say no resize, and are bicubic."""
-    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize, images=len(dataset),
-                data=dataset.fingerprint)
+    """What latents depend on; kept beside them."""
+    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize, data=dataset.fingerprint)
+
+
+def find_latents(dataset: ImageTextDataset, model: str) -> Path:
+    """The folder of what data/latents.py has computed: 000000.npy, ... of (up to 1,024, 2C, h, w) half, NaN
+    for what could not be read. Raises ValueError if they are of something else, or not all there."""
+    folder, expected = dataset.folder / "latents", describe_latents(dataset, model)
+    files = {folder / f"{number:06d}.npy" for number in range(-(-len(dataset) // LATENTS_A_FILE))}
+    is_of_these = (folder / "settings.json").exists() and read_json(folder / "settings.json") == expected
+    if not is_of_these or files - {*folder.iterdir()}:
+        state = "is not finished" if is_of_these else "has no latents of these images and settings"
+        raise ValueError(f"{folder} {state}; compute them with: python data/latents.py {dataset.folder}"
+                         f" --diffusion_model {model} --image_size {dataset.size} --resize {dataset.resize}")
+    return folder
+
+
+# --- what a step reads ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -419,32 +341,9 @@ def batch_indices(length: int, batch_size: int, seed: int, step: int) -> list[in
     return [int(permutation(length, seed, p // length)[p % length]) for p in positions]
 
 
-def seeds_of(seed: int, step: int, positions) -> list[int]:
-    """A seed for each sample, from its position in the step: noise is the same on any number of processes."""
-    sequences = [np.random.SeedSequence([seed, step, position]) for position in positions]
-    return [int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in sequences]
-
-
-def micro_batches(samples: int, batch_size: int, micro_batch_size: int, seed: int, steps, rank, world_size):
-    """Yields this process's micro-batches, step after step: [(sample, its seed), ...]."""
+def micro_batches(length: int, batch_size: int, micro_batch_size: int, seed: int, steps, rank, world_size):
+    """Yields this process's micro-batches, step after step: lists of samples."""
     for step in steps:
-        indices = batch_indices(samples, batch_size, seed, step)
+        indices = batch_indices(length, batch_size, seed, step)
         for first in range(rank * micro_batch_size, batch_size, world_size * micro_batch_size):
-            positions = range(first, first + micro_batch_size)
-            yield list(zip(indices[first : first + micro_batch_size], seeds_of(seed, step, positions)))
-
-
-@torch.autocast("cpu", enabled=False)  # which cannot stack moments in half precision
-def collate(items: list[dict], draw_noise=None) -> dict:
-    """A batch: "image" (B, 3, S, S) uint8; "caption", B texts; "moments" (B, 2C, h, w) or None; "noise", what
-    draw_noise(seeds) returns; "seed", of dropout; "skipped", sentences; "unreadable", a sentence or None."""
-    moments = [item["moments"] for item in items]
-    return {
-        "image": torch.stack([item["image"] for item in items]),
-        "caption": [item["caption"] for item in items],
-        "moments": None if moments[0] is None else torch.stack(moments),
-        "noise": draw_noise([item["seed"] for item in items]) if draw_noise else None,
-        "seed": items[0]["seed"],
-        "skipped": [sentence for item in items for sentence in item["skipped"]],
-        "unreadable": next((item["unreadable"] for item in items if item["unreadable"]), None),
-    }
+            yield indices[first : first + micro_batch_size]

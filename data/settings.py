@@ -1,7 +1,6 @@
 """
-The settings of every command are the fields of a dataclass, and become its flags, as SampleConfig in
-sample.py. A number's type says its range: Annotated[int, from, to]. A field without a default is given by
-position.
+The settings of every command are the fields of dataclasses, and become its flags, as SampleConfig in sample.py.
+A number's type says its range: Annotated[int, from, to]. A field without a default is given by position.
 """
 
 import argparse
@@ -12,8 +11,8 @@ import os
 import re
 import sys
 import tarfile
+from contextlib import suppress
 from dataclasses import MISSING, fields
-from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -27,84 +26,82 @@ TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def reader(kind) -> dict:
-    """How argparse reads a value of this type: its options "type" and so on, and, as "help", what the value
-    is. A value out of the type's range is an ArgumentTypeError."""
+    """How argparse reads a value of this type: its options "type" and so on, and, as "help", what the value is."""
     origin, options = get_origin(kind), get_args(kind)
     if NoneType in options:  # int | None
         return reader(options[0])
     if origin is tuple:
-        one = reader(options[0])
-        count = "*" if Ellipsis in options else len(options)
-        return one | {"nargs": count, "help": one["help"].replace("one of", "any of")}
+        return reader(options[0]) | {"nargs": "*" if Ellipsis in options else len(options)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": "true or false"}
-    about = {str: "text", Path: "a path"}.get(kind)
-    if origin is Literal:
-        about = "one of " + ", ".join(map(str, options))
+    about = {str: "text", Path: "a path"}.get(kind) or f"one of {', '.join(map(str, options))}"
     if origin is Annotated:
-        number, low, high = options
-        to = f" to {high:,}" if high < 10**9 else ""
-        about = f"a {'whole ' * (number is int)}number from {low:,}{to}"
+        about = f"a {'whole ' * (options[0] is int)}number from {options[1]:,} to {options[2]:,}"
 
     def convert(text: str):
-        try:
+        with suppress(ValueError, OverflowError, StopIteration):
             if origin is Literal:
                 return next(option for option in options if str(option) == text)
-            value = number(text) if origin is Annotated else kind(text)
-            if (origin is Annotated and not low <= value <= high) or (kind is Path and not text):
-                raise ValueError
-            return value
-        except (ValueError, OverflowError, StopIteration):
-            raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {about}") from None
+            value = options[0](text) if origin is Annotated else kind(text)
+            if kind is str or text and (kind is Path or options[1] <= value <= options[2]):
+                return value
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but must be {about}")
 
     return {"type": convert, "help": about}
 
 
-@cache
 def comments_of(cls) -> dict[str, str]:
     """The comment of each field of a dataclass: above it, or at the end of its line."""
-    found, field = {}, r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
-    for base in cls.__mro__[-2::-1]:
-        for above, name, beside in re.findall(field, inspect.getsource(base), re.MULTILINE):
-            found[name] = " ".join(f"{above} {beside}".replace("# ", "").split())
-    return found
+    field = r"((?:^    # .*\n)*)^    (\w+):[^#\n]*(?:# (.*))?$"
+    found = re.findall(field, inspect.getsource(cls), re.MULTILINE)
+    return {name: " ".join(f"{above} {beside}".replace("# ", "").split()) for above, name, beside in found}
 
 
-def parse(cls, argv, doc: str, defaults: dict | None = None) -> dict:
+def parse(argv, doc: str, *classes, defaults: dict | None = None) -> dict:
     """The values that arguments give, by field. defaults: {field: its default in words}, where it is not one
     value. Raises ValueError."""
-    comments, defaults = comments_of(cls), defaults or {}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in fields(cls):
-        options = reader(field.type)
-        about = "; ".join(filter(None, [options["help"], comments.get(field.name)])).replace("%", "%%")
-        if field.default is MISSING:
-            default = {"default": []} if options.get("nargs") == "*" else {}
-            parser.add_argument(field.name, **options | default | {"help": about})
-        else:
-            default = defaults.get(field.name, field.default)
-            about += f" (default: {'none' if default in (None, '', ()) else default})"
-            parser.add_argument(f"--{field.name}", **options | {"help": about})
+    for cls in classes:
+        comments = comments_of(cls)
+        for field in fields(cls):
+            options = reader(field.type)
+            about = "; ".join(filter(None, [options.pop("help"), comments[field.name]])).replace("%", "%%")
+            if field.default is MISSING:
+                options |= {"default": []} if options.get("nargs") == "*" else {}
+                parser.add_argument(field.name, **options, help=about)
+            else:
+                default = (defaults or {}).get(field.name, field.default)
+                about += f" (default: {'none' if default in (None, '', ()) else default})"
+                parser.add_argument(f"--{field.name}", **options, help=about)
 
     def fail(message: str):
-        message = message.replace("ignored explicit argument", "it takes no value, but has")
         raise ValueError(message.removeprefix("argument "))
 
     parser.error = fail
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ValueError(f"there is no setting {unknown[0].split('=')[0]!r}: --help lists them")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+    values = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def parse_with_file(argv, doc: str, *classes, defaults: dict | None = None) -> dict:
+    """The values that flags and the JSON file of --config give; flags go before the file. It is read as
+    flags, too, and may have values of one stage under stage1 or stage2. Raises ValueError."""
+    given = parse(argv, doc, *classes, defaults=defaults)
+    if "config" not in given:
+        return given
+    path = given.pop("config")
+    values = read_json(path)
+    sections = [values, values.pop("stage1", {}), values.pop("stage2", {})]
+    try:
+        common, *of_stage = [parse(as_flags(section), doc, *classes) for section in sections]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return common | of_stage[given.get("stage", common.get("stage", 1)) - 1] | given
 
 
 def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
-        items = value if isinstance(value, list) else [value]
-        bad = any(isinstance(item, dict) or str(item).startswith("--") for item in items)
-        if bad or name in ("help", "config"):
-            raise ValueError(f"{name} cannot be {json.dumps(value)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
@@ -112,29 +109,10 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def parse_with_file(cls, argv, doc: str, defaults: dict | None = None) -> dict:
-    """The values that flags and the JSON file of --config give; flags go before the file. It is read as
-    flags, too, and may have values of one stage under stage1 or stage2. Raises ValueError."""
-    given = parse(cls, argv, doc, defaults)
-    if "config" not in given:
-        return given
-    path = given.pop("config")
-    values = read_json(path)
-    sections = [values, values.pop("stage1", {}), values.pop("stage2", {})]
-    try:
-        for section in sections[1:]:
-            if not isinstance(section, dict) or "stage" in section:
-                raise ValueError("stage1 and stage2 are objects of settings, without a stage")
-        common, *of_stage = [parse(cls, as_flags(section), doc) for section in sections]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return common | of_stage[given.get("stage", common.get("stage", 1)) - 1] | given
-
-
 def read_settings(cls, argv, doc: str):
     """An instance of cls with what the command line gives. Exits with one sentence if that is wrong."""
     try:
-        return cls(**parse(cls, argv, doc))
+        return cls(**parse(argv, doc, cls))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -143,21 +121,19 @@ def read_json(path: str | Path) -> dict:
     """What a JSON file with an object holds. Raises ValueError, with its name, for anything else."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds {type(values).__name__}, not an object")
-        return values
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not an object")
+    return values
 
 
-def write_atomically(path: Path, write):
-    """Calls write(another path), and gives the result the name: the file at `path` is always whole. Returns
-    what write does."""
+def write_atomically(path: Path, write) -> None:
+    """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
     unfinished = path.with_name(f".{os.uname().nodename}.{os.getpid()}.unfinished")
     try:
-        result = write(unfinished)
+        write(unfinished)
         os.replace(unfinished, path)
-        return result
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -169,6 +145,11 @@ def write_lines(path: Path, lines) -> None:
 
 def write_json(path: Path, values: dict) -> None:
     write_lines(path, [json.dumps(values, indent=2, default=str)])
+
+
+def append(path: Path, line: str) -> None:
+    with open(path, "a", **TEXT) as file:
+        file.write(line + "\n")
 
 
 def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -185,8 +166,7 @@ def same_as_before(file: Path, settings: dict, hint: str) -> None:
     before = read_json(file)
     for name, now in settings.items():
         if before.get(name) != now:
-            was = f"{file.parent} was made with {name} {before.get(name)!r}"
-            raise ValueError(f"{was}, and now it is {now!r}; {hint}")
+            raise ValueError(f"{file.parent} was made with {name} {before.get(name)!r}, and now it is {now!r}; {hint}")
 
 
 def printable(text) -> str:

@@ -7,8 +7,10 @@ Takes their stage 1 (SDModel) or stage 2 (CLIPDecoder), as .safetensors files, o
 opened without running code from them. Each weight is used, found equal to the pretrained models', or named.
 """
 
+import dataclasses
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -18,12 +20,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Florence2Model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.distributed import quiet
-from data.settings import Count, Pixels, printable, read_json, read_settings
-from vlv import VLV, VLVConfig, load, select_dtype
+from data.distributed import quiet, select_dtype
+from data.settings import Count, Pixels, printable, read_json, read_settings, write_json
+from vlv import MODEL_CARD, VLV, CaptionHead, Encoder, VLVConfig, load, load_decoder, write_weights
 
 LEARNED = [  # theirs -> ours
     (r"query_embed", "encoder.queries.weight"),
@@ -50,6 +52,7 @@ UNUSED = r"model\.language_model\.(lm_head\.weight|final_logits_bias)|text_encod
 # BART's token table, under each of its tied names
 TABLES = [f"model.language_model.{name}.weight"
           for name in ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")]
+NOT_THEIRS = ("encoder.davit.", "decoder.")  # frozen, and so not in the checkpoint
 WRAPPERS = r"(?<![^.])(module|_orig_mod)\."  # of DDP and torch.compile, anywhere in a name
 THEIRS = r"(^|\.)(query_embed$|language_proj\.|mlp\.layers\.|qwen2_model\.|model\.language_model\.)"
 
@@ -160,6 +163,19 @@ def sort_weights(state: dict) -> tuple[int, dict, dict, dict, torch.Tensor]:
     return stage, weights, names, others, others[table][...]
 
 
+def expected_model(config: VLVConfig, with_unet: bool) -> VLV:
+    """The pretrained networks, and an LLM of names and shapes alone."""
+    decoder, head = load_decoder(config, torch.float32, with_unet), None
+    florence = load(Florence2Model, config.encoder, dtype=torch.float32)
+    prompt_ids = load(AutoTokenizer, config.encoder)(config.prompt, return_tensors="pt").input_ids
+    encoder = Encoder(config, florence, prompt_ids, decoder.embed_dim)
+    if config.stage == 2:
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(load(AutoConfig, config.llm))
+            head = CaptionHead(config, llm, load(AutoTokenizer, config.llm), decoder.embed_dim)
+    return VLV(config, encoder, decoder, head)
+
+
 def compare(others: dict, table: torch.Tensor, model: VLV) -> tuple[int, list[str], list[str]]:
     """(how many weights equal the pretrained models', but for rounding to half precision; names of those that
     do not; names without a place)."""
@@ -183,15 +199,17 @@ def compare(others: dict, table: torch.Tensor, model: VLV) -> tuple[int, list[st
 
 def convert(args: ConvertConfig) -> None:
     found, left_out = read(args.weights)
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} is there already: choose another --out")
     stage, weights, names, others, table = sort_weights(found)
     caption_end = "full stop" if stage == 2 else "token"  # they never taught an end token
     fields = ("diffusion_model", "encoder", "llm", "image_size", "encoder_image_size", "max_caption_tokens")
     config = VLVConfig(**{name: getattr(args, name) for name in fields}, stage=stage, caption_end=caption_end,
                        num_queries=len(weights["encoder.queries.weight"]), resize="bilinear")
     # Their token table has learned, so the task prompt's embeddings come from it and are in the checkpoint.
-    prompt_ids = load(AutoTokenizer, args.encoder, "encoder", False)(config.prompt).input_ids
-    weights["encoder.task_embeds"] = table[prompt_ids][None]
-    bart = load(AutoConfig, args.encoder, "encoder", False).text_config
+    prompt_ids = load(AutoTokenizer, args.encoder)(config.prompt).input_ids
+    weights["encoder.task_embeds"], names["encoder.task_embeds"] = table[prompt_ids][None], "the token table"
+    bart = load(AutoConfig, args.encoder).text_config
     for name in weights:  # a Florence-2 of before December 2024 has fewer positions; none needs the others
         if name.endswith("embed_positions.weight"):
             positions = weights[name][...]
@@ -199,24 +217,38 @@ def convert(args: ConvertConfig) -> None:
             if more > 0 and positions.shape[1:] == (bart.d_model,):
                 weights[name] = F.pad(positions, (0, 0, 0, more))
     with_unet = any(name.startswith(("unet.", "vae.")) for name in others)  # to be compared
-    dtype = weights["encoder.queries.weight"].dtype
-    if args.precision != "keep":
-        dtype = select_dtype(args.precision, torch.device("cpu"))
-    try:
-        model, unused = VLV.from_weights(config, weights, config.required, dtype=dtype, with_unet=with_unet)
-    except ValueError as error:
-        ours = next((word for word in re.split("[ :]", str(error)) if word in names), None)
-        if ours is None:
-            raise
-        raise ValueError(f"{names[ours]} is {tuple(weights[ours][...].shape)}, unlike {ours} here") from error
-    unused = [names[name] for name in unused]
+    model = expected_model(config, with_unet)
+    shapes = {name: p.shape for name, p in model.named_parameters() if not name.startswith(NOT_THEIRS)}
+    head, embedding = (f"caption_head.llm.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    if head in weights.keys() - shapes.keys() and torch.equal(weights[head][...], weights[embedding][...]):
+        del weights[head]  # tied, and stored twice
+    unused = [names[name] for name in weights.keys() - shapes.keys()]
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"{name} is missing")
+        weights[name] = weights[name][...]
+        if weights[name].shape != shape:
+            raise ValueError(f"{names[name]} is {tuple(weights[name].shape)}, not {tuple(shape)} as {name} here")
     equal, different, unknown = compare(others, table, model)
     if different:
         raise ValueError(f"{len(different)} frozen weights are not those of {args.encoder} and"
                          f" {args.diffusion_model}, such as {different[0]}: name the models that they were"
                          " trained with by --encoder and --diffusion_model")
-    model.save_pretrained(args.out)
-    print(f"{args.out}: stage {stage}, {dtype}, {len(names) - len(unused):,} of their weights used,"
+    dtype = weights["encoder.queries.weight"].dtype
+    dtype = dtype if args.precision == "keep" else select_dtype(args.precision, torch.device("cpu"))
+    metadata = dataclasses.asdict(config)
+    unfinished = args.out.with_name(f".{args.out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    tensors = {name: weights.pop(name).to(dtype).contiguous() for name in shapes}
+    write_weights(unfinished / "model.safetensors", tensors, metadata)
+    if stage == 2:
+        load(AutoConfig, args.llm).save_pretrained(unfinished / "llm")
+        load(AutoTokenizer, args.llm).save_pretrained(unfinished / "llm")
+    (unfinished / "README.md").write_text(MODEL_CARD.format(**metadata), encoding="utf-8")
+    write_json(unfinished / "config.json", metadata)
+    unfinished.rename(args.out)
+    print(f"{args.out}: stage {stage}, {dtype}, {len(shapes):,} of their weights used,"
           f" {equal:,} equal to the pretrained models', {len(unused + unknown)} without a place here")
     for name in unused + unknown + left_out:
         print(f"not used: {name}")

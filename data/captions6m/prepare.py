@@ -12,6 +12,7 @@ away for validation. A killed run goes on where it was, by the same command.
 
 import io
 import os
+import signal
 import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
+from data.distributed import end_with_parent
 from data.settings import Pixels, add_to_tar, read_settings, same_as_before, write_atomically
 from vlv import open_image
 
@@ -72,7 +74,7 @@ def write_shard(path: Path, target: Path, size: int) -> tuple[int, list[str]]:
                 problems.append(f"{path}, row {row}: {' '.join(str(error).split())}")
                 continue
             for ending, data in members:
-                add_to_tar(tar, f"{target.stem}-{row:08d}{ending}", data)
+                add_to_tar(tar, f"{target.stem.replace('.', '-')}-{row:08d}{ending}", data)  # a key has no dot
             count += 1
     if count:
         os.replace(temporary, target)
@@ -111,7 +113,8 @@ def main(argv=None):
         text = "".join(f"{name}\n" for name in sorted(done))
         write_atomically(done_file, lambda file: file.write_text(text, encoding="utf-8"))
         todo = {name: path for name, path in names.items() if name not in done}
-        with (ProcessPoolExecutor(args.processes) as pool, open(args.out / "left_out.txt", "a", 1) as file,
+        pool = ProcessPoolExecutor(args.processes, initializer=end_with_parent, initargs=(signal.SIGKILL,))
+        with (pool, open(args.out / "left_out.txt", "a", 1) as file,
               open(done_file, "a", 1, encoding="utf-8") as finished):
             pairs = [(path, args.out / f"{name}.tar") for name, path in todo.items()]
             jobs = zip(todo, pool.map(partial(convert, size=args.image_size), pairs))

@@ -24,9 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -34,15 +34,15 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
+from data import two_clips  # noqa: F401  for SDXL and SD 3
 from data.coco.prepare import read_caption_lines
-from data.distributed import RANK, WORLD_SIZE, all_gather, init_process_group, on_every_rank
-from data.distributed import run_and_exit, select_device
-from data.loader import IMAGE_ENDINGS, seeds_of
-from data.results import panel
-from data.run import checkpoint_fingerprint
+from data.distributed import RANK, WORLD_SIZE, all_gather, from_first, init_process_group
+from data.distributed import run_and_exit, select_device, select_dtype
+from data.loader import IMAGE_ENDINGS
+from data.results import checkpoint_fingerprint, find_checkpoint, panel
 from data.settings import Count, NonNegative, Pixels, Steps, read_settings, same_as_before, write_atomically
 from data.settings import write_json
-from vlv import VLV, crop_image, find_checkpoint, load, load_config, open_image, select_dtype
+from vlv import VLV, load, load_config, to_pixels
 
 SHOWN = 8  # images of the sheet
 
@@ -121,8 +121,9 @@ class Networks:
     @cached_property
     def clip(self) -> tuple:
         """The model, its image processor and its tokenizer."""
-        model = load(CLIPModel, self.args.clip, "clip", False, torch.float32).to(self.device).eval()
-        others = [load(cls, self.args.clip, "clip", False) for cls in (AutoImageProcessor, AutoTokenizer)]
+        model = load(CLIPModel, self.args.clip, dtype=torch.float32)
+        others = [load(cls, self.args.clip) for cls in (AutoImageProcessor, AutoTokenizer)]
+        model = model.to(self.device).eval()
         return model, *others
 
     def inception_features(self, images: list[torch.Tensor]) -> torch.Tensor:
@@ -155,6 +156,10 @@ class Networks:
         return self.vlv.decoder.reconstruct(prompt, seed=seeds, **kwargs)
 
 
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 @torch.inference_mode()
 def measure(networks: Networks, shard: Path, number: int, row: tuple, captions: dict | None) -> dict:
     """What a row of the table needs of one shard: Inception's "features", (n, 2048), CLIP's "similarities",
@@ -163,19 +168,19 @@ def measure(networks: Networks, shard: Path, number: int, row: tuple, captions: 
     samples, features, similarities, pictures = read_shard(shard), [], [], []
     for at in range(0, len(samples), args.batch_size):
         batch = samples[at : at + args.batch_size]
-        originals = [crop_image(open_image(io.BytesIO(data), size), size) for _, data, _ in batch]
+        originals = [to_pixels(io.BytesIO(data), size) for _, data, _ in batch]
         texts = [captions[key] if captions else people[0] for key, _, people in batch]
         if kind == "original":
             drawn, other = originals, networks.text_features(texts)
         else:
-            seeds = seeds_of(args.seed, number, range(at, at + len(batch)))
+            seeds = [seed_of(args.seed, number, i) for i in range(at, at + len(batch))]
             drawn = networks.draw(kind, guidance_scale, torch.stack(originals), texts, seeds)
-            drawn = [crop_image(picture, picture.width) for picture in drawn]
+            drawn = [to_pixels(picture, picture.width) for picture in drawn]
             other = networks.image_features(originals)
         features.append(networks.inception_features(drawn))
         similarities.append(100 * (networks.image_features(drawn) * other).sum(-1))
         pictures += drawn[: SHOWN - len(pictures)] if number == 0 else []
-    pictures = [crop_image(Image.fromarray(p.permute(1, 2, 0).numpy()), size) for p in pictures]
+    pictures = [to_pixels(picture, size) for picture in pictures]
     part = {"features": torch.cat(features), "similarities": torch.cat(similarities)}
     return part | ({"pictures": torch.stack(pictures)} if pictures else {})
 
@@ -271,28 +276,25 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
 
 def main(argv=None) -> None:
     args = read_settings(EvaluateConfig, argv, __doc__)
-    device = on_every_rank(lambda: select_device("auto"))
-    init_process_group("gloo", hours=720)  # who is done waits for the others
-    shards, captions, people = all_gather(on_every_rank(lambda: check(args) if RANK == 0 else None))[0]
+    device = select_device("auto")
+    init_process_group(device, hours=720)  # who is done waits for the others
+    shards, captions, people = from_first("checked", lambda: check(args))
     rows = [("original", 0.0)] + [("embedding", g) for g in args.guidance_scales if args.ckpt]
     rows += [("caption", g) for g in args.guidance_scales if args.ckpt or args.draw_with]
     work = [(row, number) for row in rows for number in range(len(shards))]
     todo = all_gather([(row, n) for row, n in work if not part_path(args, row, shards[n]).exists()])[0]
     networks = Networks(args, device)
-
-    def do_my_share():
-        bar = tqdm(todo[RANK::WORLD_SIZE], unit=" shards", disable=RANK > 0, smoothing=0.02)
-        for row, number in bar:
-            bar.set_description(f"{row[0]} {row[1]:g}")
-            part = measure(networks, shards[number], number, row, captions)
-            path = part_path(args, row, shards[number])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: save_file(part, file))
-
-    on_every_rank(do_my_share)
+    bar = tqdm(todo[RANK::WORLD_SIZE], unit=" shards", disable=RANK > 0, smoothing=0.02)
+    for row, number in bar:
+        bar.set_description(f"{row[0]} {row[1]:g}")
+        part = measure(networks, shards[number], number, row, captions)
+        path = part_path(args, row, shards[number])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: save_file(part, file))
+    all_gather(None)  # the others are done, too
     if RANK == 0:
         summarize(args, rows, shards, captions, people)
 
 
 if __name__ == "__main__":
-    run_and_exit(main, "stopped; the same command goes on")
+    run_and_exit(main)

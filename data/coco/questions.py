@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.coco.prepare import open_zip, read_caption_lines
-from data.distributed import RANK, WORLD_SIZE, all_gather, exit_run, init_process_group, on_every_rank
-from data.distributed import run_and_exit, select_device
+from data.distributed import RANK, WORLD_SIZE, all_gather, from_first, init_process_group, run_and_exit
+from data.distributed import select_device, select_dtype
 from data.settings import TEXT, Count, NonNegative, read_settings, same_as_before, write_json
-from vlv import load, select_dtype
+from vlv import load
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
@@ -73,13 +73,16 @@ def choose(args: QuestionsConfig) -> tuple[list[dict], list[dict]]:
     """(questions, solved examples), each {"id", "caption", "question", "type", "answers", "answer": most
     people's}. Raises ValueError or OSError if something is missing."""
     captions, known = read_caption_lines(args.captions), []
-    notes = {note["question_id"]: note for note in read_zip(args.answers, "annotations")}
-    for question in read_zip(args.questions, "questions"):
-        key, note = f"COCO_val2014_{question['image_id']:012d}", notes.get(question["question_id"])
-        if key in captions and note is not None:
-            answers, most = [other["answer"] for other in note["answers"]], note["multiple_choice_answer"]
-            known.append(dict(id=note["question_id"], caption=captions[key], question=question["question"],
-                              type=note["answer_type"], answers=answers, answer=most))
+    try:
+        notes = {note["question_id"]: note for note in read_zip(args.answers, "annotations")}
+        for question in read_zip(args.questions, "questions"):
+            key, note = f"COCO_val2014_{question['image_id']:012d}", notes.get(question["question_id"])
+            if key in captions and note is not None:
+                answers, most = [other["answer"] for other in note["answers"]], note["multiple_choice_answer"]
+                known.append(dict(id=note["question_id"], caption=captions[key], question=question["question"],
+                                  type=note["answer_type"], answers=answers, answer=most))
+    except KeyError as error:
+        raise ValueError(f"{args.questions} and {args.answers} are not VQAv2's: {error!r}") from error
     if len(known) < args.count + args.shots:
         raise ValueError(f"there are {len(known):,} questions about the images of {args.captions}, and not"
                          f" {args.count + args.shots:,}: caption more of them, or lower --count")
@@ -107,8 +110,8 @@ def read_answers(folder: Path) -> dict[int, str]:
 def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict], device) -> None:
     """Writes a line {"id", "answer"} for each question into this process's file."""
     dtype = select_dtype("auto", device)
-    model = load(AutoModelForCausalLM, args.llm, "llm", False, dtype).to(device).eval()
-    tokenizer = load(AutoTokenizer, args.llm, "llm", False)
+    model = load(AutoModelForCausalLM, args.llm, dtype=dtype).to(device).eval()
+    tokenizer = load(AutoTokenizer, args.llm)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     beginning = "".join(ask(example, f" {example['answer']}\n\n") for example in examples)
@@ -130,15 +133,13 @@ def answer_all(args: QuestionsConfig, questions: list[dict], examples: list[dict
 
 def main(argv=None) -> None:
     args = read_settings(QuestionsConfig, argv, __doc__)
-    device = on_every_rank(lambda: select_device("auto"))
-    init_process_group("gloo", hours=720)  # who is done waits for the others
-    try:
-        questions, examples = all_gather(on_every_rank(lambda: choose(args) if RANK == 0 else None))[0]
-    except KeyError as error:
-        exit_run(f"error: {args.questions} and {args.answers} are not as VQAv2's are: {error!r}")
+    device = select_device("auto")
+    init_process_group(device, hours=720)  # who is done waits for the others
+    questions, examples = from_first("chosen", lambda: choose(args))
     done = all_gather(read_answers(args.out))[0]
     todo = [question for question in questions if question["id"] not in done][RANK::WORLD_SIZE]
-    on_every_rank(lambda: answer_all(args, todo, examples, device))
+    answer_all(args, todo, examples, device)
+    all_gather(None)  # the others are done, too
     if RANK > 0:
         return
     answers, scores = read_answers(args.out), defaultdict(list)
@@ -152,4 +153,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_and_exit(main, "stopped; the same command goes on")
+    run_and_exit(main)

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
+from data import two_clips  # noqa: F401  for SDXL and SD 3
 from data.distributed import quiet
-from data.results import panel
+from data.results import find_checkpoint, panel
 from data.settings import Count, Steps, NonNegative, read_settings
-from vlv import VLV
+from vlv import VLV, DiffusionDecoder
 
 ATTRIBUTES = ("size", "color", "shape", "place")
 BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # half width between small and large
@@ -175,6 +176,16 @@ def score_pictures(truths: list[dict], pictures: list[Image.Image]) -> dict:
     return summarize([judge(truth, picture) for truth, picture in zip(truths, pictures)])
 
 
+def noise_of(decoder: DiffusionDecoder, seeds) -> tuple:
+    """The denoising loss's noise of each image, from its own seed: the same in every batch."""
+    side, noise = decoder.image_size // decoder.pipeline.vae_scale_factor, []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        normal = torch.randn(2, decoder.vae.config.latent_channels, side, side)
+        noise.append((*normal, decoder.draw_timesteps(1, "cpu")[0]))
+    return tuple(map(torch.stack, zip(*noise)))
+
+
 def images_of(truths: list[dict]) -> torch.Tensor:
     """(n, 3, 32, 32) uint8"""
     pixels = np.stack([np.array(draw(truth)) for truth in truths])
@@ -205,7 +216,7 @@ def main(argv=None):
     quiet()
     args = read_settings(EvaluateConfig, argv, __doc__)
     try:
-        model = VLV.from_pretrained(args.ckpt)
+        model = VLV.from_pretrained(find_checkpoint(args.ckpt))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     decoder, captioner = model.decoder, model.caption_head
@@ -213,7 +224,7 @@ def main(argv=None):
     originals = images_of(truths)
     rows = {row: [] for row in args.rows if row != "generated caption" or captioner}
     captions, ended, losses = [], [], {"empty prompt": 0.0, "true caption": 0.0, "embedding": 0.0}
-    if model.config.family != "sd":  # of texts it needs what the pipeline pools of them
+    if type(decoder) is not DiffusionDecoder:  # of texts it needs what the pipeline pools of them
         losses = {"embedding": 0.0}
     prompt_embeds = torch.cat([model.embed(batch) for batch in originals.split(args.batch_size)])
 
@@ -235,15 +246,15 @@ def main(argv=None):
         redraw("embedding of another", prompt_embeds.roll(1, 0)[here])
         redraw("true caption", true_captions)
         redraw("true caption with map", [*map(describe_precisely, truths[here])])
-        noise = decoder.draw_noise(range(at, at + len(images)))
+        noise = noise_of(decoder, range(at, at + len(images)))
         texts = {"empty prompt": [""] * len(images), "true caption": true_captions}
         for name in losses:
             c = decoder.encode_prompt(texts[name]) if name in texts else embeds
-            losses[name] += decoder.denoising_loss(images, c, noise).item() * len(images)
+            losses[name] += decoder.denoising_loss(images, c, noise=noise).item() * len(images)
         if captioner is not None:
-            pairs = captioner.generate(embeds, args.num_beams, with_ends=True)
-            captions += [caption for caption, _ in pairs]
-            ended += [end for _, end in pairs]
+            said = captioner.generate(embeds, args.num_beams)
+            ids = captioner.tokenizer(said, add_special_tokens=False).input_ids  # as many as are taught: it was cut
+            captions, ended = captions + said, ended + [len(i) < captioner.max_tokens for i in ids]
             redraw("generated caption", captions[here])
     losses = {name: total / len(truths) for name, total in losses.items()}
     result = {"images": len(truths), "denoising_loss": losses}

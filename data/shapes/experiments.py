@@ -45,15 +45,14 @@ REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from data import latents
 from data.distributed import quiet
-from data.results import panel
-from data.run import checkpoint_fingerprint
+from data.results import checkpoint_fingerprint, find_checkpoint, panel
 from data.settings import read_json, read_settings, write_json, write_atomically
-from vlv import VLV, VLVConfig, find_checkpoint
+from vlv import VLV, VLVConfig
 
 CONFIG = HERE / "config.json"
 RUNS = REPOSITORY / "out" / "experiments"
 # of 32 images. Short: until a setting of stage 1 shows. Long: as in the main README; what stage 2 is asked
-# starts from there, as there is something to read aloud
+# starts from there, as there is something to caption from
 STEPS = {"stage 1, short": 900, "stage 1, long": 1800, "stage 2": 400}
 SEEDS = (0, 1, 2)
 QUERIES = (1, 2, 4, 8, 16, 40)  # the toy's CLIP has 40 positions
