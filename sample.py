@@ -26,7 +26,8 @@ from data import two_clips  # noqa: F401  for Stable Diffusion XL and 3
 from data.distributed import run_and_exit, select_device, select_dtype
 from data.loader import find_files
 from data.results import find_checkpoint, panel, write_page
-from data.settings import TEXT, Count, NonNegative, Steps, append, printable, read_settings, write_lines
+from data.settings import TEXT, Count, NonNegative, Steps, append, printable, read_json_lines, read_settings
+from data.settings import write_lines
 from vlv import VLV, load_config
 
 TOY = Path(__file__).parent / "data" / "shapes" / "vlv"
@@ -54,23 +55,20 @@ class SampleConfig:
 
 
 def read_records(out: Path, overwrite: bool) -> dict[str, dict]:
-    """What earlier calls have written, by image; overwrite: it is removed. Raises ValueError if captions.jsonl is
-    of another program."""
-    path, records = out / "captions.jsonl", {}
-    for line in open(path, **TEXT) if path.exists() else []:
-        try:
-            record = json.loads(line)
-            records[record["image"]] = {key: record[key] for key in ("image", "caption", "picture")}
-        except (ValueError, KeyError, TypeError) as error:  # half a line is of a call that was killed
-            if line.endswith("\n") or not isinstance(error, ValueError):
-                raise ValueError(f"{path} was not written by this program: choose another --out") from None
-    for record in [*records.values()] if overwrite else ():
+    """What earlier calls have written, by image; overwrite: it is removed. Raises ValueError for a
+    captions.jsonl of another program."""
+    path, keys = out / "captions.jsonl", ("image", "caption", "picture")
+    try:
+        records = [{key: line[key] for key in keys} for line in read_json_lines(path)]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} was not written by this program: choose another --out") from None
+    for record in records if overwrite else ():
         if record["picture"]:
             (out / record["picture"]).unlink(missing_ok=True)
-        del records[record["image"]]
+    records = [] if overwrite else records
     out.mkdir(parents=True, exist_ok=True)
-    write_lines(path, [json.dumps(record, ensure_ascii=False) for record in records.values()])
-    return records
+    write_lines(path, [json.dumps(record, ensure_ascii=False) for record in records])
+    return {record["image"]: record for record in records}
 
 
 def find_images(names, drawn: set[Path]) -> tuple[list[Path], list[str]]:
@@ -82,7 +80,7 @@ def find_images(names, drawn: set[Path]) -> tuple[list[Path], list[str]]:
         if not found.images:
             problems.append(f"{name}: no images are there (tar shards are captioned by data/caption.py)")
         elif others := found.others + found.shards:
-            print(f"{name}: {len(others):,} files are no images, such as {printable(others[0])}", file=sys.stderr)
+            tqdm.write(f"{name}: {len(others):,} files are no images, such as {printable(others[0])}", sys.stderr)
     return files, problems
 
 
@@ -102,7 +100,7 @@ def main(argv=None) -> int:
     checkpoint = find_checkpoint(("out" if has_run else TOY) if args.ckpt is None else args.ckpt)
     device = select_device(args.device)
     if args.captions_only and (args.mix or load_config(checkpoint).stage == 1):
-        raise ValueError(f"--captions_only needs a stage-2 checkpoint, which {checkpoint} is not, and no --mix")
+        raise ValueError(f"--captions_only needs no --mix, and a stage-2 checkpoint: {checkpoint} is none")
     if args.mix and args.images or args.split is not None and not args.mix:
         raise ValueError("--mix names its two images itself, and --split is for --mix alone")
     records = read_records(args.out, args.overwrite)
@@ -111,8 +109,8 @@ def main(argv=None) -> int:
     dtype = select_dtype(args.precision, device, checkpoint)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, with_unet=not args.captions_only)
     toy = "; the bundled toy knows nothing but small coloured shapes" if checkpoint == TOY else ""
-    print(f"checkpoint {checkpoint}, stage {model.config.stage}, {dtype} on {device.type}{toy}", file=sys.stderr)
-    draw = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, seed=args.seed)
+    tqdm.write(f"checkpoint {checkpoint}, stage {model.config.stage}, {dtype} on {device.type}{toy}", sys.stderr)
+    draw = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
     todo = [args.mix] if args.mix else [(path,) for path in files]
     if done := sum(str(path.absolute()) in records for path in files):
         print(f"{done:,} were done before, by whatever checkpoint: --overwrite begins anew", file=sys.stderr)

@@ -1958,14 +1958,14 @@ def test_sample_does_what_it_can_and_names_the_rest_and_standard_output_holds_ca
     assert f"{photos}: 2 files are no images, such as {photos}/film.mp4" in said.err
     drawn = [record["picture"] for record in records.values()]
     assert {path.name for path in out.iterdir()} == {*drawn, "captions.jsonl", "index.html"}
-    assert Image.open(out / "a.png").size == (3 * 196 - 4, 192)  # original, from the embedding, from the caption
+    assert Image.open(out / "a.png").size == (3 * 196, 196)  # original, from the embedding, from the caption
 
 
 def test_a_stage_1_checkpoint_redraws_but_says_that_it_cannot_caption(tiny, tmp_path, capsys):
     tiny_model(tiny).save_pretrained(tmp_path / "ckpt")
     arguments = quick(EXAMPLE, "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out")
     assert sample.main(arguments) == 0 and "stage 1" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "example.png").size == (2 * 196 - 4, 192)
+    assert Image.open(tmp_path / "out" / "example.png").size == (2 * 196, 196)
     assert "needs a stage-2 checkpoint" in refusal(sample.main, [*arguments, "--captions_only"])
 
 
@@ -2007,7 +2007,7 @@ def test_any_name_and_a_killed_calls_half_line_do_no_harm_and_the_page_shows_eac
         with open(out / "captions.jsonl", "a") as file:
             file.write(half)
     page = (out / "index.html").read_text()
-    shown = re.findall(r'<img src="([^"]*)" alt="" loading="lazy".*?<p dir="auto">(.*?)</p><code>(.*?)</code>', page)
+    shown = re.findall(r'<img src="([^"]*)" alt="" loading="lazy"><br>(.*?)<br><code>(.*?)</code>', page)
     assert len(shown) == page.count("<img") == 10 and "<script" not in page and "http" not in page
     for record, (picture, caption, image) in zip(records.values(), shown):
         assert os.fsdecode(unquote_to_bytes(picture)) == record["picture"] and (out / record["picture"]).exists()

@@ -1,18 +1,18 @@
 """
-Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to caption them from the embedding.
+Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to caption them from c.
 
     python train.py --stage 1 --config data/shapes/config.json         # the toy world, on a laptop
     torchrun --nproc_per_node=8 train.py --stage 1                     # the paper's run, on one machine
     torchrun --nproc_per_node=8 train.py --stage 2 --resume            # go on where a killed run was
 
-A flag overrides the JSON file of --config, and both override the settings of the checkpoint that the run starts
-from, and the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2):
+A flag overrides the JSON file of --config, and both override the settings of the checkpoint that the run
+starts from, and the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2):
 
     step-000100/                  a checkpoint, complete or absent; the last two and the best are kept
         config.json, model.safetensors, ...      for VLV.from_pretrained
-        trainer.json, optimizer-*.safetensors    to go on from: the step, and each process's share of AdamW's state
-    log.jsonl, curves.png, step-000100.png       losses and speed; validation images, and what is redrawn of them
-    settings.json, skipped.txt                   what was given, for --config; samples that could not be read
+        trainer.json, optimizer-*.safetensors    to go on from: the step, and AdamW's state
+    log.jsonl, curves.png, step-000100.png       losses and speed; validation images, also redrawn
+    settings.json, skipped.txt                   what was given, for --config; samples that cannot be read
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data import two_clips  # noqa: F401  for Stable Diffusion XL and 3
 from data.distributed import RANK, WORLD_SIZE, all_gather, compile_parts, from_first, init_process_group
-from data.distributed import print_once, run_and_exit, select_device, select_dtype, start_running, start_workers
-from data.distributed import stop_signals
+from data.distributed import print_once, run_and_exit, select_device, select_dtype, start_running
+from data.distributed import start_workers, stop_signals
 from data.loader import ImageTextDataset, UnreadableData, check_apart, micro_batches
 from data.results import Log, checkpoints, draw_curves, find_checkpoint, panel
 from data.settings import Count, NonNegative, parse_with_file, read_json, write_json
@@ -86,8 +86,9 @@ class TrainConfig:
 
 
 RECIPE = {  # the paper's, by stage
-    1: dict(batch_size=512, max_steps=200_000, learning_rate=5e-5, lr_schedule="cosine", data="data/laion"),
-    2: dict(batch_size=64, max_steps=100_000, learning_rate=1e-5, lr_schedule="linear", data="data/captions6m"),
+    1: dict(data="data/laion", batch_size=512, max_steps=200_000, learning_rate=5e-5, lr_schedule="cosine"),
+    2: dict(data="data/captions6m", batch_size=64, max_steps=100_000, learning_rate=1e-5,
+            lr_schedule="linear"),
 }
 
 
@@ -106,7 +107,7 @@ def read_config(argv) -> tuple[TrainConfig, dict, dict]:
     return config, {name: given[name] for name in given.keys() - of_run}, given
 
 
-# --- a step --------------------------------------------------------------------------------------------------
+# --- a step ----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -126,14 +127,14 @@ def autocast(config: TrainConfig):
 
 def train_step(ddp, optimizer, batches, step: int, config: TrainConfig) -> tuple[dict, torch.Tensor]:
     """One step of AdamW on batch_size images, and on as many captions in stage 2. batches: this process's
-    micro-batches. Returns its losses by name, and the norm of the gradient, averaged over all processes: where
-    that is not finite, all of them leave the weights as they are."""
+    micro-batches. Returns its losses by name, and the norm of the gradient, averaged over all processes:
+    where that is not finite, all of them leave the weights as they are."""
     grad_accum_steps, losses = config.batch_size // (WORLD_SIZE * config.micro_batch_size), defaultdict(float)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     for micro_step in range(grad_accum_steps):
         images, captions, moments = to_device(next(batches), config.device)
-        # Dropout, timesteps and noise come from where the micro-batch stands in the step, on any number of GPUs.
+        # Dropout, timesteps and noise depend on the micro-batch's place in the step, on any number of GPUs.
         place = micro_step * WORLD_SIZE + RANK
         seed = np.random.SeedSequence([config.seed, step, place]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(seed >> 1))
@@ -152,7 +153,8 @@ def train_step(ddp, optimizer, batches, step: int, config: TrainConfig) -> tuple
 
 def to_device(batch: dict, device: str) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
     """images, (B, 3, S, S) uint8, captions, and moments, (B, 2C, S / 8, S / 8) half, or None."""
-    images, moments = (x if x is None else torch.from_numpy(x).to(device) for x in (batch["images"], batch["moments"]))
+    arrays = batch["images"], batch["moments"]
+    images, moments = (x if x is None else torch.from_numpy(x).to(device) for x in arrays)
     return images, batch["captions"], moments
 
 
@@ -183,7 +185,7 @@ def checkpoint_activations(model: VLV, config: TrainConfig) -> None:
         model.caption_head.llm.activation_checkpointing_enable()
 
 
-# --- validation ----------------------------------------------------------------------------------------------
+# --- validation ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -211,7 +213,7 @@ def evaluate(model: VLV, dataset: ImageTextDataset, config: TrainConfig, log: Lo
     model.train()
     means = mean_losses(found)
     log.add(step, **{f"val_{name}": value for name, value in means.items()})
-    print_once(f"step {step:,}: validation {', '.join(f'{name} {value:.5f}' for name, value in means.items())}")
+    print_once(f"step {step:,}: validation " + ", ".join(f"{name} {mean:.5f}" for name, mean in means.items()))
 
 
 def mean_losses(found: list[dict]) -> dict[str, float]:
@@ -221,7 +223,7 @@ def mean_losses(found: list[dict]) -> dict[str, float]:
     return {"loss": sum(means.values()) if means else math.nan} | means
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------
 
 
 def lock(folder: Path):
@@ -232,7 +234,7 @@ def lock(folder: Path):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder} belongs to another run, which is alive: wait, or choose another") from None
+        raise ValueError(f"{folder} belongs to a run that is alive: wait, or choose another") from None
     except OSError as error:  # a file system without locks
         tqdm.write(f"{folder} cannot be locked ({error}): take care that no second run writes into it")
     shutil.rmtree(folder / "saving", ignore_errors=True)  # of a process that was killed
@@ -254,16 +256,16 @@ def find_start(run_dir: Path, config: TrainConfig, stage: int) -> tuple[Path | N
     if stage == 1 or config.init_from:
         return find_checkpoint(config.init_from) if config.init_from else None, {}
     checkpoint = find_checkpoint(config.out_dir / "stage1")
-    trainer = read_json(checkpoint / "trainer.json") if (checkpoint / "trainer.json").exists() else {"step": 0}
-    step, max_steps = trainer["step"], trainer.get("max_steps", 0)
+    trainer = read_json(checkpoint / "trainer.json")
+    step, max_steps = trainer["step"], trainer["max_steps"]
     if step < max_steps:
-        raise ValueError(f"stage 1 is not finished: {checkpoint} is step {step:,} of {max_steps:,}: finish it, or"
-                         f" start from it as it is with --init_from {checkpoint}")
+        raise ValueError(f"stage 1 is not finished: {checkpoint} is step {step:,} of {max_steps:,}: finish it,"
+                         f" or start from it as it is with --init_from {checkpoint}")
     return checkpoint, {}
 
 
 def save_checkpoint(run_dir: Path, model: VLV, optimizer, trainer: dict, best: int | None) -> None:
-    """Writes step-STEP, by all processes together: the first writes the model, each its share of AdamW's state.
+    """Writes step-STEP, by all processes: the first writes the model, each its share of AdamW's state.
     trainer: what trainer.json says. best: the step whose checkpoint stays, beside the last two."""
     folder, name = run_dir / "saving", f"optimizer-{RANK + 1:05d}-of-{WORLD_SIZE:05d}.safetensors"
     folder.mkdir(exist_ok=True)
@@ -305,21 +307,22 @@ def load_optimizer(checkpoint: Path, model: VLV, optimizer) -> None:
     for p in [p for group in optimizer.param_groups for p in group["params"]] if saved else []:
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             if f"{names[p]}.{kind}" not in saved:
-                raise ValueError(f"{checkpoint} trained other weights: it has no optimizer state of {names[p]}")
+                raise ValueError(f"{checkpoint} did not train {names[p]}: it has no optimizer state of it")
             optimizer.state[p][kind] = saved[f"{names[p]}.{kind}"][...].to(p.device)
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+# --- a run -----------------------------------------------------------------------------------------------
 
 
 def open_data(config: TrainConfig, of: VLVConfig) -> tuple:
     """(data set for training, for validation or None). of: the model's settings. Raises ValueError."""
     settings = dict(size=of.image_size, resize=of.resize, with_captions=of.stage == 2,
                     latents_of=of.diffusion_model if config.latents and of.denoises else None)
-    dataset, val_dataset = ImageTextDataset(config.data, captions=config.captions, **settings), None
-    if config.val_data:
-        val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, replace=False, **settings)
-        check_apart(dataset, val_dataset)
+    dataset = ImageTextDataset(config.data, captions=config.captions, **settings)
+    if not config.val_data:
+        return dataset, None
+    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, replace=False, **settings)
+    check_apart(dataset, val_dataset)
     return dataset, val_dataset
 
 
@@ -368,8 +371,8 @@ def main(argv=None) -> None:
     from_first("index", lambda: open_data(config, model_config) and None)
     dataset, val_dataset = open_data(config, model_config)
     if trainer and trainer["data"] != dataset.fingerprint:
-        raise ValueError(f"{run_dir} was trained on other data than {config.data}: choose another --out_dir, and"
-                         f" start from it with --init_from {checkpoint}")
+        raise ValueError(f"{run_dir} was trained on other data than {config.data}: choose another --out_dir,"
+                         f" and start from it with --init_from {checkpoint}")
     settings, before = json.loads(json.dumps(given, default=str)), trainer.get("settings", {})
     for name in sorted(settings.keys() | before.keys()) if trainer else ():
         if before.get(name) != settings.get(name):
@@ -385,8 +388,8 @@ def main(argv=None) -> None:
     # --- model and optimizer
     torch.manual_seed(config.seed)  # the same new weights on every process
     with_unet = model_config.denoises or bool(val_dataset and config.eval_pictures)
-    model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, with_unet=with_unet, for_training=True,
-                                **of_model).train()
+    model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, with_unet=with_unet,
+                                for_training=True, **of_model).train()
     checkpoint_activations(model, config)
     if config.compile and device.type == "cuda":
         compile_parts(model)
@@ -418,13 +421,14 @@ def main(argv=None) -> None:
         is_last, stop = step == config.max_steps, any(all_gather(bool(stop_signals)))
         bar.update(config.batch_size)
         if bad_in_a_row == BAD_STEPS:
-            sys.exit(f"error: the gradient was not finite {BAD_STEPS} steps in a row, up to step {step:,}; the"
-                     f" checkpoints in {run_dir} are good: look at data and learning rate")
+            sys.exit(f"error: the gradient was not finite {BAD_STEPS} steps in a row, up to step {step:,};"
+                     f" the checkpoints in {run_dir} are good: look at data and learning rate")
         if step % config.log_interval == 0 or is_last:
-            means, seconds, hours = mean_losses(losses), sum(durations), (time.perf_counter() - started) / 3600
+            means, seconds = mean_losses(losses), sum(durations)
+            hours = (time.perf_counter() - started) / 3600  # since this start
             speed = {"images_per_second": len(durations) * config.batch_size / seconds,
                      "waiting_for_data": log.waited / seconds}
-            if device.type == "cuda":  # since this start
+            if device.type == "cuda":
                 speed["dollars"] = hours * WORLD_SIZE * config.usd_per_gpu_hour
             log.add(step, **means, lr=learning_rate(step - 1, config), grad_norm=norm.item(), **speed,
                     skipped=sum(all_gather(len(log.skipped))), non_finite_steps=bad_steps)

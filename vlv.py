@@ -1,6 +1,6 @@
 """
-The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): the whole model, in the order in which an image
-flows through it. Beside its libraries it needs no other file.
+The Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): the whole model, in the order in which an
+image flows through it. Beside its libraries it needs no other file.
 
     image ─ Florence-2 ─ 77 queries ─ z ─ projection ─ ẑ ─ CLIP ─ c ─┬─ UNet ─ ε̂      stage 1: ‖ε̂ − ε‖²
             DaViT frozen, learned         trained        frozen      │  frozen
@@ -88,7 +88,8 @@ class VLVConfig:
     @property
     def denoises(self) -> bool:
         """Whether this stage has the denoising loss."""
-        return self.stage == 1 or self.stage2_denoises and bool({"bart", "queries", "projection"} & {*self.trains})
+        learns = bool({"bart", "queries", "projection"} & {*self.trains})
+        return self.stage == 1 or self.stage2_denoises and learns
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
         davit = {"tower": florence.vision_tower, "projector": florence.multi_modal_projector}
         self.davit = nn.ModuleDict(davit).requires_grad_(False)
         # The prompt is constant, so its embeddings are, too, and BART's token table (52 M weights) can go.
-        self.task_embeds = nn.Parameter(bart.shared(prompt_ids).detach(), requires_grad=False)  # (1, T, width)
+        self.task_embeds = nn.Parameter(bart.shared(prompt_ids).detach(), False)  # (1, T, width)
         bart.encoder.embed_tokens = bart.decoder.embed_tokens = None
         self.bart = nn.ModuleDict({"encoder": bart.encoder, "decoder": bart.decoder})
         self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
@@ -129,10 +130,9 @@ class Encoder(nn.Module):
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.size, vision = config.encoder_image_size, florence.config.vision_config
-        pixels = math.prod(vision.patch_stride)  # a side, for one token
-        side, positions = math.ceil(self.size / pixels), bart.config.max_position_embeddings
+        side = math.ceil(self.size / math.prod(vision.patch_stride))  # in tokens
         tokens = side**2 + 1 + prompt_ids.shape[1]
-        if self.size < pixels or side > vision.max_position_embeddings or tokens > positions:
+        if side > vision.max_position_embeddings or tokens > bart.config.max_position_embeddings:
             raise ValueError(f"encoder_image_size is {self.size}: Florence-2 has no positions for that")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -279,12 +279,10 @@ class CaptionHead(nn.Module):
         self.llm, self.tokenizer = llm, tokenizer
         self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
         self.mlp = make_mlp(embed_dim, llm.get_input_embeddings().embedding_dim)
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {config.llm} has no end-of-text token to end captions with")
         positions = getattr(llm.config, "max_position_embeddings", None) or math.inf
         if config.num_queries + config.max_caption_tokens > positions:
-            raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}, but beside the"
-                             f" {config.num_queries} queries the LLM has only {positions} positions")
+            raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}, but the LLM has {positions}"
+                             f" positions, {config.num_queries} of them for the queries")
 
     def loss(self, c: torch.Tensor, captions: list[str]) -> torch.Tensor:
         """Cross-entropy of captions and their end tokens, given c, (B, N, D): a float32 scalar, the mean over
@@ -307,7 +305,7 @@ class CaptionHead(nn.Module):
         return ((losses.view_as(ids) * mask).sum(1) / lengths).mean()
 
     @torch.no_grad()
-    def generate(self, c: torch.Tensor, num_beams=4, max_new_tokens: int | None = None, **kwargs) -> list[str]:
+    def generate(self, c: torch.Tensor, num_beams=4, max_new_tokens=None, **kwargs) -> list[str]:
         """Returns B captions of c, (B, N, D). max_new_tokens: None: as many as were taught. kwargs: of
         transformers' GenerationConfig, such as do_sample=True, num_beams=1, temperature=0.7."""
         prefix = self.mlp(c.to(next(self.mlp.parameters()).dtype)).to(self.llm.dtype)
@@ -457,11 +455,11 @@ class VLV(nn.Module):
             raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
         return model.eval()
 
-    def fill(self, weights: dict, needed: tuple, spare: tuple, dtype: torch.dtype, master: torch.dtype) -> None:
+    def fill(self, weights: dict, needed: tuple, spare: tuple, dtype, master) -> None:
         """Gives each parameter its value in a checkpoint, by name, if it has one there; and its precision:
-        master for what is saved, dtype for the rest. needed: beginnings of names that must be there; spare: of
-        those that need no place here. Raises ValueError for a shape that differs, a name without a place, or a
-        module that is there in part."""
+        master for what is saved, dtype for the rest. needed: beginnings of names that must be there; spare:
+        of those that need no place here. Raises ValueError for a shape that differs, a name without a place,
+        or a module that is there in part."""
         params = dict(self.named_parameters())  # tied ones once
         self.kept = {name for name, p in params.items() if p.requires_grad} | weights.keys()
         self.missing = sorted(weights.keys() - self.state_dict().keys())
@@ -522,15 +520,9 @@ class VLV(nn.Module):
 
 
 PRETRAINED = ("encoder.davit.", "encoder.bart.", "decoder.", "caption_head.llm.")
-MODEL_CARD = """---
-library_name: vlv
-pipeline_tag: image-to-text
-license: other
----
-A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): what stage {stage} has learned. The rest of it is
-{encoder}, {diffusion_model} and, in stage 2, {llm}, whose licenses apply.
+MODEL_CARD = """A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): what stage {stage} has learned. The
+rest of it is {encoder}, {diffusion_model} and, in stage 2, {llm}, whose licenses apply.
 
-    from vlv import VLV
     VLV.from_pretrained("USER/NAME").reconstruct("photo.jpg")       # after stage 2 also .caption("photo.jpg")
 """
 OLD_FIELDS = {"family", "random_init"}  # of older checkpoints' config.json
@@ -590,7 +582,8 @@ def load_config(folder: Path) -> VLVConfig:
         raise ValueError(f"{file}: {error}") from error
     for name in written_with.keys() - {"diffusion_model", "encoder", "llm"}:
         if fields.get(name) != written_with[name]:
-            raise ValueError(f"{file}: {name} is {fields.get(name)!r}, but the weights have {written_with[name]!r}")
+            was, now = written_with[name], fields.get(name)
+            raise ValueError(f"{file}: {name} is {now!r}, but the weights have {was!r}")
     return config
 
 
@@ -628,7 +621,7 @@ def write_weights(file: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
         unfinished.unlink(missing_ok=True)
 
 
-# --- pictures ----------------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------
 
 with suppress(ImportError):  # iPhones' pictures
     import pillow_heif

@@ -3,16 +3,15 @@ Captions whole data sets: tar shards, with any number of processes, through any 
 
     torchrun --nproc_per_node=8 data/caption.py data/laion/shards --ckpt out/stage2 --out captions
 
-For each shard there is one file in --out, complete or absent: 00000.jsonl, with a line {"image": "00000.tar/KEY",
-"caption": ...} for each image; of one that cannot be read the caption is null, and "error" says why. A killed call
-goes on by the same command, and has lost at most a shard a process. Each process captions shards of its own, in
-batches that are always the same images: so the captions are the same, however often the work is stopped.
+For each shard there is one file in --out, complete or absent: 00000.jsonl, with a line {"image":
+"00000.tar/KEY", "caption": ...} for each image; of one that cannot be read the caption is null, and "error" says
+why. A killed call goes on by the same command, and has lost at most a shard a process. Each process captions
+shards of its own, in batches that are always the same images: so the captions are always the same.
 """
 
 import io
 import json
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,10 +27,11 @@ from transformers.cache_utils import StaticLayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import two_clips  # noqa: F401  for SDXL and SD 3
-from data.distributed import RANK, WORLD_SIZE, compile_parts, run_and_exit, select_device, select_dtype, start_workers
-from data.loader import find_files, read_part, read_shard
+from data.distributed import RANK, WORLD_SIZE, compile_parts, run_and_exit, select_device, select_dtype
+from data.distributed import start_workers
+from data.loader import describe_left_out, find_files, read_part, read_shard
 from data.results import checkpoint_fingerprint, find_checkpoint
-from data.settings import Count, printable, read_settings, same_as_before, write_lines
+from data.settings import Count, read_settings, same_as_before, write_lines
 from vlv import VLV, CaptionHead, VLVConfig, load_config, to_pixels
 
 
@@ -69,16 +69,12 @@ class ShardImages(torch.utils.data.Dataset):
         return {"lines": lines, "images": np.stack(images) if images else None}
 
 
-def caption_shard(args: CaptionConfig, model: VLV, dataset: ShardImages, out: Path):
-    """Writes the captions of a shard. Yields after each batch: how many images, how many of them cannot be read,
-    seconds waited for them."""
-    count, size, records = len(dataset.keys), args.batch_size, []
+def caption_shard(args: CaptionConfig, model: VLV, dataset: ShardImages) -> list[dict]:
+    """The lines of a shard."""
+    count, size, lines = len(dataset.keys), args.batch_size, []
     batches = [range(first, min(count, first + size)) for first in range(0, count, size)]
-    loader = start_workers(dataset, batches, min(args.num_workers, len(batches)))
-    for _ in batches:
-        start = time.perf_counter()
-        batch = next(loader)
-        waited = time.perf_counter() - start
+    bar = tqdm(total=count, desc=dataset.name, unit=" images", leave=False, disable=RANK > 0)
+    for batch in start_workers(dataset, batches, min(args.num_workers, len(batches))):
         if batch["images"] is not None:
             images = torch.from_numpy(batch["images"]).to(model.device)
             # Eight at a time, for less memory, and always eight, as other numbers would be compiled anew.
@@ -87,13 +83,12 @@ def caption_shard(args: CaptionConfig, model: VLV, dataset: ShardImages, out: Pa
             captions = iter(generate(model.caption_head, c, args.num_beams, args.max_new_tokens))
             for line in batch["lines"]:
                 line["caption"] = None if "error" in line else next(captions)
-        records += batch["lines"]
-        yield len(batch["lines"]), sum("error" in line for line in batch["lines"]), waited
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, [json.dumps(record, ensure_ascii=False) for record in records])
+        lines += batch["lines"]
+        bar.update(len(batch["lines"]))
+    return lines
 
 
-# --- fast decoding -------------------------------------------------------------------------------------------
+# --- fast decoding ---------------------------------------------------------------------------------------
 
 
 def generate(head: CaptionHead, c: torch.Tensor, num_beams: int, max_new_tokens: int) -> list[str]:
@@ -108,11 +103,12 @@ def generate(head: CaptionHead, c: torch.Tensor, num_beams: int, max_new_tokens:
 
 
 @torch.no_grad()
-def greedy_search(head: CaptionHead, prefix: torch.Tensor, cache: StaticCache, max_new_tokens: int) -> torch.Tensor:
-    """Returns the token ids, (B, T), that head.llm.generate finds after prefix, (B, N, width). There each token
-    waits for Python, for one image as long as for 256; here a GPU records a step and replays it."""
+def greedy_search(head: CaptionHead, prefix, cache: StaticCache, max_new_tokens: int) -> torch.Tensor:
+    """Returns the token ids, (B, T), that head.llm.generate finds after prefix, (B, N, width). There each
+    token waits for Python, for one image as long as for 256; here a GPU records a step and replays it."""
     eos = head.tokenizer.eos_token_id
-    token = head.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+    logits = head.llm(inputs_embeds=prefix, past_key_values=cache, logits_to_keep=1).logits
+    token = logits.argmax(-1)  # (B, 1)
     ids = [token.clone()]
 
     def step():
@@ -164,31 +160,27 @@ def main(argv=None) -> None:
     if not shards:
         raise ValueError(f"{args.shards}: no tar shards are there; sample.py captions images")
     names = ("num_beams", "precision", "max_new_tokens", "batch_size")
-    settings = {name: getattr(args, name) for name in names} | {"checkpoint": checkpoint_fingerprint(checkpoint)}
+    settings = {name: getattr(args, name) for name in names}
+    settings["checkpoint"] = checkpoint_fingerprint(checkpoint)
     files = {shard: args.out / shard.relative_to(top).with_suffix(".jsonl") for shard in shards}
     if any(out.exists() for out in files.values()) and not (args.out / "settings.json").exists():
         raise ValueError(f"{args.out} has files that were not written by this program: choose another --out")
     same_as_before(args.out / "settings.json", settings, "choose another --out")
-    mine = shards[RANK::WORLD_SIZE]
-    left = [shard for shard in mine if not files[shard].exists()]
+    left = [shard for shard in shards[RANK::WORLD_SIZE] if not files[shard].exists()]
     if left:
         dtype = select_dtype(args.precision, device, checkpoint)
         model = VLV.from_pretrained(checkpoint, with_unet=False, dtype=dtype, device=device)
         if device.type == "cuda":
             compile_parts(model)
-    count, unreadable, waited, start = 0, 0, 0.0, time.perf_counter()
-    bar = tqdm(left, unit=" shards", disable=RANK > 0 or not left)
-    for shard in bar:
+    for shard in tqdm(left, unit=" shards", disable=RANK > 0 or not left):
         dataset = ShardImages(shard, shard.relative_to(top).as_posix(), model.config)
-        for reason, examples in dataset.left_out.items():
-            if examples:
-                tqdm.write(printable(f"left out: {len(examples):,} {reason}, such as {examples[0]}"), sys.stderr)
-        for images, bad, seconds in caption_shard(args, model, dataset, files[shard]):
-            count, unreadable, waited = count + images, unreadable + bad, waited + seconds
-            elapsed = time.perf_counter() - start
-            bar.set_postfix_str(f"{count / elapsed * WORLD_SIZE:,.1f}/s, {waited / elapsed:.0%} waiting")
-    print(f"process {RANK}: the captions of {len(mine):,} shards are in {args.out}/; of {count:,} new images"
-          f" {unreadable:,} could not be read", file=sys.stderr)
+        lines = caption_shard(args, model, dataset)
+        dataset.left_out["images cannot be read"] = [line["image"] for line in lines if "error" in line]
+        for problem in describe_left_out(dataset.left_out):
+            tqdm.write(problem, sys.stderr)
+        files[shard].parent.mkdir(parents=True, exist_ok=True)
+        write_lines(files[shard], [json.dumps(line, ensure_ascii=False) for line in lines])
+    print(f"process {RANK}: all of its shards' captions are in {args.out}/", file=sys.stderr)
 
 
 if __name__ == "__main__":

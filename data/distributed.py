@@ -34,7 +34,7 @@ def print_once(text: str) -> None:
         tqdm.write(text)
 
 
-# --- devices -------------------------------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------------------------
 
 
 def select_device(name: str) -> torch.device:
@@ -54,17 +54,17 @@ def select_device(name: str) -> torch.device:
 
 
 def select_dtype(precision: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
-    """precision: fp32, bf16, fp16; or auto: bf16 on GPUs that have it and, for a large checkpoint, on CPUs."""
+    """precision: fp32, bf16, fp16; auto: bf16 on GPUs that have it and, for a large checkpoint, on CPUs."""
     if precision == "auto":
         size = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors")) if checkpoint else 0
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else size > 5e8
-        precision = "bf16" if has_bf16 else "fp32"
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if on_gpu or device.type != "cuda" and size > 5e8 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def compile_parts(model) -> None:
-    """torch.compile of a VLV, part by part: nets as a whole; of layers that repeat, each, which starts sooner.
-    The convolutions' weights get the layout that compiled code likes."""
+    """torch.compile of a VLV, part by part: nets as a whole; of layers that repeat, each, which starts
+    sooner. The convolutions' weights get the layout that compiled code likes."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each layer at its weights
     convolutional = [model.decoder.vae.encoder, model.decoder.unet] if model.decoder.unet else []
     for net in convolutional:
@@ -76,7 +76,7 @@ def compile_parts(model) -> None:
             layer.compile(dynamic=True if ".llm." in name else None)  # captions differ in length
 
 
-# --- processes -----------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------
 
 
 def init_process_group(device: torch.device, hours: int = 1) -> None:
@@ -137,8 +137,8 @@ def init_worker(worker: int) -> None:
 
 
 def start_workers(dataset, batches, num_workers: int):
-    """An iterator over dataset.__getitems__(indices), a dict, of each list of indices in batches. Batches hold
-    NumPy arrays: tensors would go through shared memory, which is small in containers."""
+    """An iterator over dataset.__getitems__(indices), a dict, of each list of indices in batches. Batches
+    hold NumPy arrays: tensors would go through shared memory, which is small in containers."""
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
                                             collate_fn=dict, worker_init_fn=init_worker))
 
@@ -155,7 +155,7 @@ def run_and_exit(main) -> None:
     """Runs a command. What it refuses before it runs, a ValueError or OSError, is one sentence. The process
     ends at once: Python's own end waits for ever for workers when an exception has left a loader behind."""
     quiet()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is narrow, as ASCII, gets what it can take
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a narrow one, as ASCII, gets what it can take
         stream.reconfigure(errors="backslashreplace")
     try:
         code = main()

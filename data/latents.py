@@ -4,10 +4,10 @@ Computes the moments of every image's latents ahead, so that training reads them
     python data/latents.py data/laion                                   # then train.py --latents
     torchrun --nproc_per_node=8 data/latents.py data/laion              # the same, on eight GPUs
 
-writes latents/000000.npy, ... beside the data, each (1,024 images, 2C, S / 8, S / 8) in half precision, complete
-or absent: 37 kB an image of 384 pixels (147 kB of SD 3). Mean and log-variance are kept, not a sample: each visit
-draws anew from the posterior, as it does without this. A killed run goes on by the same command. An image that
-cannot be read has no latents, and training skips and names it.
+writes latents/000000.npy, ... beside the data, each (1,024 images, 2C, S / 8, S / 8) in half precision,
+complete or absent: 37 kB an image of 384 pixels (147 kB of SD 3). Mean and log-variance are kept, not a sample:
+each visit draws anew from the posterior. A killed run goes on by the same command. An image that cannot be read
+has no latents, and training skips and names it.
 """
 
 import io
@@ -56,16 +56,16 @@ def main(argv=None) -> None:
     side = config.image_size // decoder.pipeline.vae_scale_factor
     shape = (2 * decoder.vae.config.latent_channels, side, side)
 
-    count, skipped = -(-len(dataset) // LATENTS_A_FILE), 0
-    files = {folder / f"{number:06d}.npy": number * LATENTS_A_FILE for number in range(RANK, count, WORLD_SIZE)}
-    files = {file: range(len(dataset))[first : first + LATENTS_A_FILE]
-             for file, first in files.items() if not file.exists()}
-    batches = {file: [indices[at : at + config.batch_size] for at in range(0, len(indices), config.batch_size)]
-               for file, indices in files.items()}
-    loader = start_workers(dataset, sum(batches.values(), []), config.num_workers)
+    skipped, size, files = 0, config.batch_size, {}  # of each file that is to be made the images
+    for first in range(0, len(dataset), LATENTS_A_FILE)[RANK::WORLD_SIZE]:
+        file = folder / f"{first // LATENTS_A_FILE:06d}.npy"
+        if not file.exists():
+            files[file] = range(first, min(first + LATENTS_A_FILE, len(dataset)))
+    batches = [images[at : at + size] for images in files.values() for at in range(0, len(images), size)]
+    loader = start_workers(dataset, batches, config.num_workers)
     for file, indices in tqdm(files.items(), "latents", unit=" files", disable=RANK > 0):
         moments, content = np.full((len(indices), *shape), np.nan, np.float16), io.BytesIO()
-        for _ in batches[file]:
+        for _ in range(0, len(indices), size):
             batch = next(loader)
             if len(batch["images"]):
                 values = decoder.encode_image(torch.from_numpy(batch["images"]).to(device)).float()

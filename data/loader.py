@@ -1,6 +1,6 @@
 """
 Images and captions from tar shards (KEY.jpg + KEY.txt, as img2dataset writes them) or plain folders (NAME.png
-with NAME.txt), by random access: the batch of any training step can be read directly, so a run resumes at once.
+with NAME.txt), by random access: the batch of any step can be read directly, so a run resumes at once.
 """
 
 import hashlib
@@ -110,9 +110,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return len(self.index)
 
     def __getitems__(self, indices: list[int]) -> dict:
-        """A batch: "indices" of its B samples; "images" (B, 3, size, size) uint8; "captions", B texts; "moments"
-        (B, 2C, h, w) half or None; "skipped", a sentence for each sample that cannot be read. Raises
-        UnreadableData when too many had to be replaced."""
+        """A batch: "indices" of its B samples; "images" (B, 3, size, size) uint8; "captions", B texts;
+        "moments" (B, 2C, h, w) half or None; "skipped", a sentence for each sample that cannot be read.
+        Raises UnreadableData when too many had to be replaced."""
         found, skipped = [], []
         for i in indices:
             while True:
@@ -127,8 +127,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
                         break
                 i = (i + 1) % len(self)
                 if self.was_bad > 10 + 0.01 * self.was_read:
-                    raise UnreadableData(f"{self.was_bad:,} of {self.was_read:,} samples of {self.folder} cannot be"
-                                         f" read; the last: {skipped[-1]}")
+                    raise UnreadableData(f"{self.was_bad:,} of {self.was_read:,} samples of {self.folder}"
+                                         f" cannot be read; the last: {skipped[-1]}")
         indices, images, captions, moments = zip(*found) if found else [()] * 4
         images = np.stack(images) if found else np.empty((0, 3, self.size, self.size), np.uint8)
         moments = np.stack(moments) if found and self.latents else None
@@ -167,7 +167,7 @@ def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
             raise ValueError(f"training and validation share samples: {same} and {path}: take one away")
 
 
-# --- the index -----------------------------------------------------------------------------------------------
+# --- the index -------------------------------------------------------------------------------------------
 
 
 def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
@@ -198,7 +198,8 @@ def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
         if found.shards:
             entries = pool.map(index_shard, files, sources if captions else [None] * len(files))
         else:
-            lines = {Path(image).resolve(): text for image, text in read_captions(sources[0])} if captions else None
+            lines = read_captions(sources[0]) if captions else []
+            lines = {Path(image).resolve(): text for image, text in lines} if captions else None
             entries = map(partial(index_image, lines=lines), files)
         entries = tqdm(entries, f"indexing {folder}", len(files), disable=len(files) < 10, unit=" files")
         pair.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
         write_index(unfinished, entries, left_out)
     with suppress(OSError):  # another process was faster
         os.rename(unfinished, index)
-    for old in {*pair.glob("[!t]*")} - {index}:  # of the same folder, before it changed; tmp... is being written
+    for old in {*pair.glob("[!t]*")} - {index}:  # from before the folder changed; tmp... is being written
         shutil.rmtree(old, ignore_errors=True)
     return index
 
@@ -225,9 +226,14 @@ def write_index(index: Path, entries, left_out: dict[str, list]) -> None:
             count, with_text = count + len(spans), with_text + np.count_nonzero(sizes)
             for reason, names in left_out_here.items():
                 left_out[reason] += names
-    problems = [printable(f"left out: {len(names):,} {reason}, such as {names[0]}")
-                for reason, names in left_out.items() if names]
-    write_json(index / "about.json", dict(images=count, captions=int(with_text), problems=problems))
+    about = dict(images=count, captions=int(with_text), problems=describe_left_out(left_out))
+    write_json(index / "about.json", about)
+
+
+def describe_left_out(left_out: dict[str, list]) -> list[str]:
+    """A sentence for each reason, with a number and an example."""
+    return [printable(f"left out: {len(names):,} {reason}, such as {names[0]}")
+            for reason, names in left_out.items() if names]
 
 
 def index_image(path: Path, lines: dict[Path, str] | None) -> tuple[list, list[bytes], dict]:
@@ -252,16 +258,17 @@ def index_shard(path: Path, captions: Path | None) -> tuple[list, list[bytes], d
         return [*images.values()], [texts.get(key, b"") for key in images], left_out
     lines = read_captions(captions) if captions.exists() else []
     texts = {image.partition(f"{captions.stem}.tar/")[2]: encode(text) for image, text in lines}
-    left_out["images have no line among the captions"] = [f"{path}:{key}" for key in images.keys() - texts.keys()]
-    left_out["lines of captions are of no image"] = [f"{captions}: {key}" for key in texts.keys() - images.keys()]
+    without, unknown = images.keys() - texts.keys(), texts.keys() - images.keys()
+    left_out["images have no line among the captions"] = [f"{path}:{key}" for key in without]
+    left_out["lines of captions are of no image"] = [f"{captions}: {key}" for key in unknown]
     kept = [key for key in images if key in texts]
     return [images[key] for key in kept], [texts[key] for key in kept], left_out
 
 
 def read_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], dict[str, list[str]]]:
-    """({key: offset and size of its image}, {key: its text}, names of what is left out by the reason) of a tar
-    file. As in webdataset, a sample's key ends at the first dot of the file's name. The first image of a key
-    counts, and the first text."""
+    """({key: offset and size of its image}, {key: its text}, names of what is left out by the reason) of a
+    tar file. As in webdataset, a sample's key ends at the first dot of the file's name. The first image of a
+    key counts, and the first text."""
     images, texts, left_out = {}, {}, defaultdict(list)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -279,7 +286,7 @@ def read_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, bytes]
                 elif ending in IMAGE_ENDINGS and key not in images:
                     images[key] = member.offset_data, member.size
                 else:
-                    left_out["members are of other kinds, or second ones of a key"].append(f"{path}:{member.name}")
+                    left_out["members are other or second ones of a key"].append(f"{path}:{member.name}")
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile stops without a word where no header is
                 raise tarfile.ReadError("its end is missing")
@@ -291,8 +298,8 @@ def read_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, bytes]
 
 
 def read_captions(path: Path) -> list[tuple[str, str]]:
-    """(image, caption) of JSON lines, but of those whose caption is null. Raises ValueError for a line that is
-    something else, and OSError."""
+    """(image, caption) of JSON lines, but of those whose caption is null. Raises ValueError for a line that
+    is something else, and OSError."""
     found = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -304,12 +311,13 @@ def read_captions(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-# --- latents that were computed ahead ------------------------------------------------------------------------
+# --- latents that were computed ahead --------------------------------------------------------------------
 
 
 def describe_latents(dataset: ImageTextDataset, model: str) -> dict:
     """What latents depend on; kept beside them."""
-    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize, data=dataset.fingerprint)
+    return dict(diffusion_model=model, image_size=dataset.size, resize=dataset.resize,
+                data=dataset.fingerprint)
 
 
 def find_latents(dataset: ImageTextDataset, model: str) -> Path:
@@ -325,7 +333,7 @@ def find_latents(dataset: ImageTextDataset, model: str) -> Path:
     return folder
 
 
-# --- what a step reads ---------------------------------------------------------------------------------------
+# --- what a step reads -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)

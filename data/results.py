@@ -1,23 +1,22 @@
-"""What train.py and sample.py leave behind: checkpoints, log, curves, sheets of pictures, and a page to look at."""
+"""What train.py and sample.py leave behind: checkpoints, log, curves, sheets of pictures, and a page."""
 
 import hashlib
 import html
 import json
 import math
 import os
-import re
 import textwrap
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data.distributed import RANK
 from data.loader import read_part
-from data.settings import append, printable, write_atomically, write_lines
+from data.settings import append, printable, read_json_lines, write_atomically, write_lines
 from vlv import find_folder
 
 COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
@@ -25,13 +24,13 @@ COLORS = {"loss": "#1f5fbf", "val_loss": "#d1495b"}  # of curves.png
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, the newest last."""
-    found = {int(path.name[5:]): path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
-    return {step: found[step] for step in sorted(found)}
+    found = {int(path.name[5:]): path for path in run_dir.glob("step-*") if path.name[5:].isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """A checkpoint's folder; the newest of the run there, or of the last stage there; or what was downloaded of
-    a hub id. Raises OSError if there is none."""
+    """A checkpoint's folder; the newest of the run there, or of the last stage there; or what was downloaded
+    of a hub id. Raises OSError if there is none."""
     folder = Path(name).expanduser()
     for run in (folder, folder / "stage2", folder / "stage1"):
         if (found := checkpoints(run)) and not (folder / "config.json").exists():
@@ -48,16 +47,13 @@ def checkpoint_fingerprint(checkpoint: Path) -> str:
 
 
 class Log:
-    """A run's log.jsonl, which the first process writes, and skipped.txt. `records`: the lines of log.jsonl; those
-    after `step` are taken out, as they come again."""
+    """A run's log.jsonl, which the first process writes, and skipped.txt. `records`: the lines of log.jsonl;
+    those after `step` are taken out, as they come again."""
 
     def __init__(self, run_dir: Path, step: int):
-        self.run_dir, self.path, self.records = run_dir, run_dir / "log.jsonl", []
+        self.run_dir, self.path = run_dir, run_dir / "log.jsonl"
+        self.records = [record for record in read_json_lines(self.path) if step and record["step"] <= step]
         self.skipped, self.waited = set(), 0.0  # sentences; seconds for data, since the last line
-        for line in self.path.open() if RANK == 0 and self.path.exists() else []:
-            with suppress(ValueError):  # half a line, of a full disk
-                self.records.append(json.loads(line))
-        self.records = [record for record in self.records if record["step"] <= step] if step else []
         if RANK == 0:
             write_lines(self.path, map(json.dumps, self.records))
 
@@ -104,46 +100,37 @@ def draw_curves(path: Path, records: list[dict]) -> None:
 def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
     """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its
     caption, with heads over the columns. Small images are enlarged pixel by pixel."""
-    to_array = lambda image: np.asarray(image.permute(1, 2, 0).cpu())
-    as_image = lambda image: image if isinstance(image, Image.Image) else Image.fromarray(to_array(image))
-    rows = [[as_image(image) for image in row] for row in rows]
-    side = max(1, 192 // rows[0][0].width) * rows[0][0].width
-    width, font, line = len(rows[0]) * (side + 4) - 4, ImageFont.load_default(14), 18
-    texts = [textwrap.wrap(caption, max(10, width // 8)) for caption in captions]
-    heights = [side + 4 + (line * len(text) + 6 if text else 0) for text in texts]
-    sheet = Image.new("RGB", (width, sum(heights) - 4 * (not texts[-1]) + (line if heads else 0)), "white")
-    draw, top = ImageDraw.Draw(sheet), line if heads else 0
+    to_array = lambda image: np.asarray(image.permute(1, 2, 0).cpu() if torch.is_tensor(image) else image)
+    cells = np.stack([[to_array(image) for image in row] for row in rows])  # (rows, columns, S, S, 3)
+    scale, columns = max(1, 192 // cells.shape[2]), cells.shape[1]
+    cells = cells.repeat(scale, 2).repeat(scale, 3)
+    texts = [textwrap.wrap(caption, max(10, columns * cells.shape[3] // 8)) for caption in captions]
+    above, below = 18 if heads else 0, 4 + 18 * max(map(len, texts))
+    cells = np.pad(cells, ((0, 0), (0, 0), (0, below), (0, 4), (0, 0)), constant_values=255)
+    sheet = Image.fromarray(np.vstack([np.hstack(row) for row in cells]))
+    sheet = ImageOps.expand(sheet, (0, above, 0, 0), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, head in enumerate(heads or []):
-        draw.text((column * (side + 4) + 4, 0), head, "black", font)
-    for row, text, height in zip(rows, texts, heights):
-        for column, image in enumerate(row):
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (column * (side + 4), top))
-        for number, words in enumerate(text):
-            draw.text((4, top + side + 3 + line * number), words, "black", font)
-        top += height
+        draw.text((column * cells.shape[3] + 4, 0), head, "black", font)
+    for row, text in enumerate(texts, 1):
+        draw.text((4, above + row * cells.shape[2] - below), "\n".join(text), "black", font)
     return sheet
 
 
-PAGE = """<!doctype html><!-- made by vlv -->
-<html lang="en"><meta charset="utf-8"><title>Captions</title>
-<style>
-  body { font: 1rem/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem }
-  figure { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0; padding: 1rem 0; border-top: 1px solid #ccc }
-  img { max-width: 100%; max-height: 24rem } figcaption { flex: 1 1 18rem; overflow-wrap: anywhere }
-</style>
-<p>Each row: the image; redrawn from its embedding and from its caption, where asked for; the caption.</p>"""
+PAGE = """<!doctype html><!-- made by vlv --><meta charset="utf-8"><title>Captions</title>
+<style>img { max-width: 100%; max-height: 24rem }</style>
+<p>Each picture: the image; redrawn from its embedding and from its caption, where asked for."""
 
 
 def write_page(path: Path, records: list[dict]) -> None:
-    """A page of the lines of captions.jsonl, unless there is one of the user's. Pictures off the screen are not
-    loaded, so that a browser takes thousands."""
-    if path.exists() and not path.read_text(errors="replace").startswith(PAGE[:39]):
+    """A page of the lines of captions.jsonl, unless there is one of the user's. Pictures off the screen are
+    not loaded, so that a browser takes thousands."""
+    if path.exists() and "<!-- made by vlv -->" not in path.read_text(errors="replace"):
         return
-    figure = ('<figure><img src="{}" alt="" loading="lazy" decoding="async"><figcaption><p dir="auto">{}</p>'
-              "<code>{}</code></figcaption></figure>")
     lines = [PAGE]
     for record in records:
         picture, image = record["picture"], record["image"]
-        source = quote(os.fsencode(picture)) if picture else Path(image).absolute().as_uri()
-        lines.append(figure.format(source, html.escape(record["caption"] or ""), html.escape(printable(image))))
+        source = quote(os.fsencode(picture)) if picture else Path(image).as_uri()
+        caption, name = html.escape(record["caption"] or ""), html.escape(printable(image))
+        lines.append(f'<p><img src="{source}" alt="" loading="lazy"><br>{caption}<br><code>{name}</code>')
     write_lines(path, lines)

@@ -1,5 +1,5 @@
 """
-The settings of every command are the fields of dataclasses, and become its flags, as SampleConfig in sample.py.
+The settings of every command are the fields of dataclasses, and become its flags (see SampleConfig).
 A number's type says its range: Annotated[int, from, to]. A field without a default is given by position.
 """
 
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tarfile
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ TEXT = dict(encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def reader(kind) -> dict:
-    """How argparse reads a value of this type: its options "type" and so on, and, as "help", what the value is."""
+    """How argparse reads a value of this type: its options "type" and so on, and "help": what it is."""
     origin, options = get_origin(kind), get_args(kind)
     if NoneType in options:  # int | None
         return reader(options[0])
@@ -128,6 +127,19 @@ def read_json(path: str | Path) -> dict:
     return values
 
 
+def read_json_lines(path: Path) -> list:
+    """What the lines of a file hold; [] if there is none. Half a last line, of a killed call or a full disk,
+    is left out. Raises ValueError."""
+    values = []
+    for line in open(path, **TEXT) if path.exists() else []:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if line.endswith("\n"):
+                raise
+    return values
+
+
 def write_atomically(path: Path, write) -> None:
     """Calls write(another path), and gives the result the name: the file at `path` is always whole."""
     unfinished = path.with_name(f".{os.uname().nodename}.{os.getpid()}.unfinished")
@@ -152,8 +164,8 @@ def append(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
+def add_to_tar(tar, name: str, data: bytes) -> None:
+    info = tar.tarinfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
@@ -166,7 +178,8 @@ def same_as_before(file: Path, settings: dict, hint: str) -> None:
     before = read_json(file)
     for name, now in settings.items():
         if before.get(name) != now:
-            raise ValueError(f"{file.parent} was made with {name} {before.get(name)!r}, and now it is {now!r}; {hint}")
+            was = f"{file.parent} was made with {name} {before.get(name)!r}"
+            raise ValueError(f"{was}, and now it is {now!r}; {hint}")
 
 
 def printable(text) -> str:

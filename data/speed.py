@@ -1,13 +1,13 @@
 """
-Measures the GPUs at hand with models of full size, random weights and synthetic images: nothing is downloaded.
+Measures the GPUs at hand, with models of full size, random weights and synthetic images.
 
     python data/speed.py                             # all rows on one GPU, what matters first
     torchrun --nproc_per_node=8 data/speed.py        # on all GPUs together
     python data/speed.py --rows stage1 captions      # some of them
     python data/speed.py --quick                     # with the toy's models, anywhere: that each row runs
 
-Prints each row, and adds it to speed.json. One that fails says so, and the others go on. Rates are of all processes
-together, dollars of the paper's number of images.
+Prints each row, and adds it to speed.json. One that fails says so, and the others go on. Rates are of all
+processes together, dollars of the paper's number of images. Nothing is downloaded.
 """
 
 import importlib
@@ -46,6 +46,7 @@ ROWS = {  # train.py's flags beside the paper's recipe
     "stage1-eager": "--stage 1 --no-compile",
     "stage2-eager": "--stage 2 --no-compile",
 }
+QUICK = f" --encoder_image_size 16 --micro_batch_size 2 --config {ROOT}/data/shapes/config.json"
 
 
 @dataclass
@@ -59,24 +60,24 @@ class SpeedConfig:
 def random_model(config: VLVConfig, dtype: torch.dtype, device: torch.device) -> VLV:
     """A VLV with random weights, drawn on the device, of the configurations in folders or in data/configs."""
     names = (config.diffusion_model, config.encoder, config.llm)
-    folders = [(Path(name), ROOT / name, ROOT / "data" / "configs" / Path(name).name) for name in names]
-    sd, florence, llm = (next(folder for folder in three if folder.is_dir()) for three in folders)
-    index, parts, head = read_json(sd / "model_index.json"), {}, None
+    known = [ROOT / "data" / "configs" / Path(name).name for name in names]
+    sd, florence, llm = (path if path.is_dir() else ROOT / name for path, name in zip(known, names))
+    index, head = read_json(sd / "model_index.json"), None
+    parts = dict.fromkeys({"text_encoder_3", "tokenizer_3"} & index.keys())  # T5 is left out
     with torch.device(device):
         for part in {"text_encoder", "text_encoder_2", "vae", "unet", "transformer"} & index.keys():
             cls = getattr(importlib.import_module(index[part][0]), index[part][1])
-            if issubclass(cls, diffusers.ModelMixin):
+            if index[part][0] == "diffusers":
                 parts[part] = cls.from_config(cls.load_config(sd / part)).to(dtype)
             else:
                 parts[part] = cls(cls.config_class.from_pretrained(sd / part)).to(dtype)
         net = Florence2Model(AutoConfig.from_pretrained(florence))
         if config.stage == 2:
             head = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm), dtype=torch.float32)
-    parts |= dict.fromkeys({"text_encoder_3", "tokenizer_3"} & index.keys())
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(sd, low_cpu_mem_usage=False, **parts)
     decoder = DECODERS[index["_class_name"]](config, pipeline)
-    prompt_ids = torch.tensor([AutoTokenizer.from_pretrained(florence)(config.prompt).input_ids], device=net.device)
-    encoder = Encoder(config, net, prompt_ids, decoder.embed_dim)
+    prompt_ids = AutoTokenizer.from_pretrained(florence)(config.prompt, return_tensors="pt").input_ids
+    encoder = Encoder(config, net, prompt_ids.to(net.device), decoder.embed_dim)
     encoder.davit.to(dtype)
     if config.stage == 2:
         head = CaptionHead(config, head, AutoTokenizer.from_pretrained(llm), decoder.embed_dim)
@@ -124,37 +125,34 @@ def measure_training(model: VLV, config: train.TrainConfig, steps: int) -> dict:
     starting = seconds_of(step) + seconds_of(step)  # kernels are compiled and chosen
     rate = steps * config.batch_size / seconds_of(lambda: [step() for _ in range(steps)])
     recipe = train.RECIPE[model.config.stage]
-    found = {"images_per_second": rate, "tflop_per_image": flops / 1e12, "tflop_per_second": rate * flops / 1e12,
-             "seconds_to_start": starting, "hours": recipe["batch_size"] * recipe["max_steps"] / rate / 3600}
-    if config.device == "cuda":
-        found["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
+    return {"images_per_second": rate, "tflop_per_image": flops / 1e12,
+            "tflop_per_second": rate * flops / 1e12, "seconds_to_start": starting, "hours": recipe["batch_size"] * recipe["max_steps"] / rate / 3600}
 
 
 @torch.inference_mode()
 def measure_captions(model: VLV, config: train.TrainConfig, quick: bool) -> dict:
     """Milliseconds a token of the LLM, by a recorded step and by transformers' generate; and captions/s."""
-    head, found, (few, many) = model.eval().caption_head.to(torch.bfloat16), {}, (2, 6) if quick else (20, 100)
+    head, found = model.eval().caption_head.to(torch.bfloat16), {}
+    few, many = (2, 6) if quick else (20, 100)
     head.tokenizer.eos_token = head.tokenizer.decode(len(head.tokenizer) - 1)  # so no caption ends early
+    ways = {"replayed": lambda c, n: generate(head, c, 1, n), "generate": lambda c, n: head.generate(c, 1, n)}
     for count in (1, 2) if quick else (1, 64, 256):
-        images = torch.zeros(count, 3, *[model.config.image_size] * 2, dtype=torch.uint8, device=config.device)
+        images = torch.from_numpy(synthetic_batch(model, count, False)["images"]).to(config.device)
         embed = lambda: torch.cat([model.embed(eight) for eight in images.split(8)]).to(torch.bfloat16)
         c = embed()
-        ways = {"replayed": lambda n: generate(head, c, 1, n), "generate": lambda n: head.generate(c, 1, n)}
         for name, way in ways.items():
-            way(few)
-            seconds = seconds_of(lambda: way(many)) - seconds_of(lambda: way(few))
+            way(c, few)
+            seconds = seconds_of(lambda: way(c, many)) - seconds_of(lambda: way(c, few))
             found[f"ms_a_token_{name}_{count}"] = 1000 * seconds / (many - few)
-    found["captions_per_second"] = count / (seconds_of(embed) + seconds_of(lambda: generate(head, c, 1, many)))
-    return found
+    seconds = seconds_of(embed) + seconds_of(lambda: ways["replayed"](c, many))
+    return found | {"captions_per_second": count / seconds}
 
 
 def measure(row: str, args: SpeedConfig, device: torch.device) -> dict:
-    """What is found of a row."""
-    flags = ROWS[row].replace("384", "16") + f" --config {ROOT}/data/shapes/config.json" if args.quick else ROWS[row]
-    config, of_model, _ = train.read_config([*flags.split(), "--batch_size", str(64 * WORLD_SIZE)])
-    config.micro_batch_size = 2 if args.quick else config.micro_batch_size
-    config.batch_size = WORLD_SIZE * config.micro_batch_size  # no accumulation
+    """What is found of a row. Rates are without accumulation: a step is a micro-batch on each GPU."""
+    flags = f"{ROWS[row]} --batch_size {64 * WORLD_SIZE}" + QUICK * args.quick
+    config, of_model, _ = train.read_config(flags.split())
+    config.batch_size = WORLD_SIZE * config.micro_batch_size
     dtype = select_dtype(config.precision, device)
     config.device, config.precision = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
     model = random_model(VLVConfig(**of_model), dtype, device)
@@ -167,24 +165,24 @@ def measure(row: str, args: SpeedConfig, device: torch.device) -> dict:
 
 
 def main(argv=None) -> int:
-    args, device, results = read_settings(SpeedConfig, argv, __doc__), select_device("auto"), {}
+    args, device = read_settings(SpeedConfig, argv, __doc__), select_device("auto")
     init_process_group(device)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    results = {"device": card, "processes": WORLD_SIZE, "torch": torch.__version__}
     for row in args.rows:
         try:
-            found = measure(row, args, device)
-            if "hours" in found and device.type == "cuda":
-                found["dollars"] = found["hours"] * WORLD_SIZE * args.usd_per_gpu_hour
+            results[row] = measure(row, args, device)
+            if device.type == "cuda":
+                results[row]["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+                results[row]["dollars"] = results[row].get("hours", 0) * WORLD_SIZE * args.usd_per_gpu_hour
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         except Exception as error:
-            found = {"failed": f"{type(error).__name__}: {error}"[-500:]}
-        results[row] = found
-        print_once(f"{row}: {json.dumps(found, indent=1)}")
+            results[row] = {"failed": f"{type(error).__name__}: {error}"[-500:]}
+        print_once(f"{row}: {json.dumps(results[row], indent=1)}")
         if RANK == 0:
-            card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-            write_json(args.out, {"device": card, "processes": WORLD_SIZE, "torch": torch.__version__} | results)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    return int(any("failed" in found for found in results.values()))
+            write_json(args.out, results)
+    return int(any("failed" in results[row] for row in args.rows))
 
 
 if __name__ == "__main__":

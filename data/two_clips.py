@@ -3,8 +3,8 @@ Beyond the paper: decoders that read two CLIPs. Whatever imports this can load S
 
     from data import two_clips
 
-Both read ẑ and c of the width D = D1 + D2 of the two. SD 3 and 3.5 learned rectified flow (Esser et al. 2024);
-T5, which they can do without, is left out.
+Both read ẑ and c of the width D = D1 + D2 of the two. SD 3 and 3.5 learned rectified flow (Esser et al.
+2024); T5, which they can do without, is left out.
 """
 
 import torch
