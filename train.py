@@ -49,7 +49,8 @@ EVAL_BATCH = 8  # validation images at once
 
 @dataclass
 class TrainConfig:
-    """The settings of a run. Those of the model are VLVConfig's, and flags, too. None: see RECIPE."""
+    """The settings of a run. Those of the model are VLVConfig's, and flags, too. None: RECIPE's, if it is not
+    said otherwise."""
 
     config: Path | None = None  # JSON file with settings; those of one stage under stage1 or stage2
     data: str | None = None  # tar shards of KEY.jpg + KEY.txt, or a folder of images; stage 1 needs no texts
@@ -103,7 +104,7 @@ def read_config(argv) -> tuple[TrainConfig, dict, dict]:
     if not share or config.batch_size % (WORLD_SIZE * config.micro_batch_size):
         raise ValueError(f"batch_size {config.batch_size} does not divide into {WORLD_SIZE} processes and"
                          f" micro-batches of {config.micro_batch_size}: choose a multiple of their product")
-    given.pop("resume", None)
+    given.pop("resume", None)  # settings.json is a --config for another run
     return config, {name: given[name] for name in given.keys() - of_run}, given
 
 
@@ -120,16 +121,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def autocast(config: TrainConfig):
-    """No cache: a step uses each weight once, and gradient checkpointing could not free what is cached."""
+    """bf16 where the run has it. Without autocast's cache: a step uses each weight once, and gradient
+    checkpointing could not free what is cached."""
     enabled = config.precision == "bf16"
     return torch.autocast(config.device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def train_step(ddp, optimizer, batches, step: int, config: TrainConfig) -> tuple[dict, torch.Tensor]:
     """One step of AdamW on batch_size images, and on as many captions in stage 2. batches: this process's
-    micro-batches. Returns its losses by name, and the norm of the gradient, averaged over all processes:
-    where that is not finite, all of them leave the weights as they are."""
-    grad_accum_steps, losses = config.batch_size // (WORLD_SIZE * config.micro_batch_size), defaultdict(float)
+    micro-batches. Returns this process's mean losses by name, and the norm of the gradient, which is averaged
+    over all processes: where it is not finite, all of them leave the weights as they are."""
+    grad_accum_steps = config.batch_size // (WORLD_SIZE * config.micro_batch_size)
+    losses = defaultdict(float)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     for micro_step in range(grad_accum_steps):
@@ -153,9 +156,10 @@ def train_step(ddp, optimizer, batches, step: int, config: TrainConfig) -> tuple
 
 def to_device(batch: dict, device: str) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
     """images, (B, 3, S, S) uint8, captions, and moments, (B, 2C, S / 8, S / 8) half, or None."""
-    arrays = batch["images"], batch["moments"]
-    images, moments = (x if x is None else torch.from_numpy(x).to(device) for x in arrays)
-    return images, batch["captions"], moments
+    moments = batch["moments"]
+    if moments is not None:
+        moments = torch.from_numpy(moments).to(device)
+    return torch.from_numpy(batch["images"]).to(device), batch["captions"], moments
 
 
 def make_optimizer(model: VLV, config: TrainConfig) -> tuple:
@@ -185,6 +189,34 @@ def checkpoint_activations(model: VLV, config: TrainConfig) -> None:
         model.caption_head.llm.activation_checkpointing_enable()
 
 
+# --- data -------------------------------------------------------------------------------------------------
+
+
+def open_data(config: TrainConfig, model: VLVConfig) -> tuple:
+    """(data set for training, for validation or None). model: its settings. Raises ValueError."""
+    settings = dict(size=model.image_size, resize=model.resize, with_captions=model.stage == 2,
+                    latents_of=model.diffusion_model if config.latents and model.denoises else None)
+    dataset = ImageTextDataset(config.data, captions=config.captions, **settings)
+    if not config.val_data:
+        return dataset, None
+    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, replace=False, **settings)
+    check_apart(dataset, val_dataset)
+    return dataset, val_dataset
+
+
+def read_batches(loader, log: Log):
+    """Yields what the workers have read, and notes what they skipped and how long they were waited for."""
+    while True:
+        start = time.perf_counter()
+        try:
+            batch = next(loader)
+        except UnreadableData as error:  # of a worker: behind its traceback
+            sys.exit(f"error: {str(error).rpartition('UnreadableData: ')[2].strip()}")
+        log.waited += time.perf_counter() - start
+        log.skip(batch["skipped"])
+        yield batch
+
+
 # --- validation ------------------------------------------------------------------------------------------
 
 
@@ -195,7 +227,7 @@ def evaluate(model: VLV, dataset: ImageTextDataset, config: TrainConfig, log: Lo
     model.eval()
     found, indices = [], range(min(config.eval_images, len(dataset)))
     with torch.compiler.set_stance("force_eager"), autocast(config):  # other sizes would be compiled anew
-        for start in indices[::EVAL_BATCH][RANK::WORLD_SIZE]:
+        for start in range(RANK * EVAL_BATCH, len(indices), WORLD_SIZE * EVAL_BATCH):
             batch = dataset.__getitems__(indices[start : start + EVAL_BATCH])
             log.skip(batch["skipped"])
             if count := len(batch["images"]):
@@ -206,14 +238,14 @@ def evaluate(model: VLV, dataset: ImageTextDataset, config: TrainConfig, log: Lo
             batch = dataset.__getitems__(indices[: config.eval_pictures])
             images, captions = torch.from_numpy(batch["images"]), [""] * len(batch["images"])
             if model.caption_head:
-                both = zip(model.caption(images), batch["captions"])
+                both = zip(model.caption([*images]), batch["captions"])
                 captions = [f"{caption}  (true: {true})" for caption, true in both]
-            sheet = panel([*zip(images, model.reconstruct(images))], captions)
+            sheet = panel([*zip(images, model.reconstruct([*images]))], captions)
             sheet.save(log.run_dir / f"step-{step:06d}.png")
     model.train()
     means = mean_losses(found)
     log.add(step, **{f"val_{name}": value for name, value in means.items()})
-    print_once(f"step {step:,}: validation " + ", ".join(f"{name} {mean:.5f}" for name, mean in means.items()))
+    print_once(f"step {step:,}: validation " + ", ".join(f"{name} {means[name]:.5f}" for name in means))
 
 
 def mean_losses(found: list[dict]) -> dict[str, float]:
@@ -223,7 +255,44 @@ def mean_losses(found: list[dict]) -> dict[str, float]:
     return {"loss": sum(means.values()) if means else math.nan} | means
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run_dir: Path, model: VLV, optimizer, trainer: dict, best: int | None) -> None:
+    """Writes step-STEP, by all processes: the first writes the model, each its share of AdamW's state.
+    trainer: what trainer.json says. best: the step whose checkpoint stays, beside the last two."""
+    folder, name = run_dir / "saving", f"optimizer-{RANK + 1:05d}-of-{WORLD_SIZE:05d}.safetensors"
+    folder.mkdir(exist_ok=True)
+    names = {p: name for name, p in model.named_parameters()}
+    state = getattr(optimizer, "optim", optimizer).state  # of ZeroRedundancyOptimizer the share here
+    state = {f"{names[p]}.{kind}": value for p, values in state.items() for kind, value in values.items()}
+    write_weights(folder / name, state, {})
+    sync(folder / name)
+    if RANK == 0:
+        model.save_pretrained(folder)
+        write_json(folder / "trainer.json", trainer)
+    all_gather(None)  # all is there
+    if RANK == 0:
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
+        os.rename(folder, run_dir / f"step-{trainer['step']:06d}")
+        sync(run_dir)
+        for number, old in [*checkpoints(run_dir).items()][:-2]:
+            if number != best:
+                os.rename(old, folder)  # no half of it counts as a checkpoint
+                shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk, if the file system can say so."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
 
 
 def lock(folder: Path):
@@ -259,84 +328,25 @@ def find_start(run_dir: Path, config: TrainConfig, stage: int) -> tuple[Path | N
     trainer = read_json(checkpoint / "trainer.json")
     step, max_steps = trainer["step"], trainer["max_steps"]
     if step < max_steps:
-        raise ValueError(f"stage 1 is not finished: {checkpoint} is step {step:,} of {max_steps:,}: finish it,"
-                         f" or start from it as it is with --init_from {checkpoint}")
+        raise ValueError(f"stage 1 is not finished: {checkpoint} is step {step:,} of {max_steps:,}: finish"
+                         f" it, or start from it as it is with --init_from {checkpoint}")
     return checkpoint, {}
-
-
-def save_checkpoint(run_dir: Path, model: VLV, optimizer, trainer: dict, best: int | None) -> None:
-    """Writes step-STEP, by all processes: the first writes the model, each its share of AdamW's state.
-    trainer: what trainer.json says. best: the step whose checkpoint stays, beside the last two."""
-    folder, name = run_dir / "saving", f"optimizer-{RANK + 1:05d}-of-{WORLD_SIZE:05d}.safetensors"
-    folder.mkdir(exist_ok=True)
-    names = {p: name for name, p in model.named_parameters()}
-    state = getattr(optimizer, "optim", optimizer).state  # of ZeroRedundancyOptimizer the share here
-    state = {f"{names[p]}.{kind}": value for p, values in state.items() for kind, value in values.items()}
-    write_weights(folder / name, state, {})
-    if RANK == 0:
-        model.save_pretrained(folder)
-        write_json(folder / "trainer.json", trainer)
-    for path in [*folder.rglob("*"), folder] if RANK == 0 else [folder / name]:
-        sync(path)
-    all_gather(None)  # all is there, and on the disk
-    if RANK == 0:
-        os.rename(folder, run_dir / f"step-{trainer['step']:06d}")
-        sync(run_dir)
-        for number, old in [*checkpoints(run_dir).items()][:-2]:
-            if number != best:
-                os.rename(old, folder)  # no half of it counts as a checkpoint
-                shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk, if the file system can say so."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def load_optimizer(checkpoint: Path, model: VLV, optimizer) -> None:
     """Reads this process's share of AdamW's state, whoever wrote it. Raises ValueError if some is missing."""
     saved, names = read_weights(checkpoint, "optimizer")[0], {p: name for name, p in model.named_parameters()}
     optimizer = getattr(optimizer, "optim", optimizer)
-    for p in [p for group in optimizer.param_groups for p in group["params"]] if saved else []:
+    if not saved:  # no step was finite yet
+        return
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             if f"{names[p]}.{kind}" not in saved:
                 raise ValueError(f"{checkpoint} did not train {names[p]}: it has no optimizer state of it")
             optimizer.state[p][kind] = saved[f"{names[p]}.{kind}"][...].to(p.device)
 
 
-# --- a run -----------------------------------------------------------------------------------------------
-
-
-def open_data(config: TrainConfig, of: VLVConfig) -> tuple:
-    """(data set for training, for validation or None). of: the model's settings. Raises ValueError."""
-    settings = dict(size=of.image_size, resize=of.resize, with_captions=of.stage == 2,
-                    latents_of=of.diffusion_model if config.latents and of.denoises else None)
-    dataset = ImageTextDataset(config.data, captions=config.captions, **settings)
-    if not config.val_data:
-        return dataset, None
-    val_dataset = ImageTextDataset(config.val_data, captions=config.val_captions, replace=False, **settings)
-    check_apart(dataset, val_dataset)
-    return dataset, val_dataset
-
-
-def read_batches(loader, log: Log):
-    """Yields what the workers have read, and notes what they skipped and how long they were waited for."""
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(loader)
-        except UnreadableData as error:  # of a worker: behind its traceback
-            sys.exit(f"error: {str(error).rpartition('UnreadableData: ')[2].strip()}")
-        log.waited += time.perf_counter() - start
-        log.skip(batch["skipped"])
-        yield batch
+# --- a run ------------------------------------------------------------------------------------------------
 
 
 def describe(model: VLV) -> str:
@@ -359,22 +369,24 @@ def main(argv=None) -> None:
 
     # --- where it starts
     locked = lock(run_dir) if RANK == 0 else None  # until it is closed
-    checkpoint, trainer = from_first("start", lambda: find_start(run_dir, config, stage))
-    if stage == 2 and not trainer:
+    checkpoint, resumed = from_first("start", lambda: find_start(run_dir, config, stage))
+    step = resumed.get("step", 0)
+    if stage == 2 and not resumed:
         of_model.setdefault("caption_end", "token")  # which is learned from now on
-    saved, step = load_config(checkpoint) if checkpoint else VLVConfig(), trainer.get("step", 0)
-    model_config = dataclasses.replace(saved, **of_model)
+    saved = load_config(checkpoint) if checkpoint else VLVConfig()
+    model_config = dataclasses.replace(saved, **of_model)  # as from_pretrained does: the data depend on it
     if saved.stage > stage:
         print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
     # --- data
-    from_first("index", lambda: open_data(config, model_config) and None)
+    from_first("index", lambda: open_data(config, model_config) and None)  # made once; then all find it
     dataset, val_dataset = open_data(config, model_config)
-    if trainer and trainer["data"] != dataset.fingerprint:
+    if resumed and resumed["data"] != dataset.fingerprint:
         raise ValueError(f"{run_dir} was trained on other data than {config.data}: choose another --out_dir,"
                          f" and start from it with --init_from {checkpoint}")
-    settings, before = json.loads(json.dumps(given, default=str)), trainer.get("settings", {})
-    for name in sorted(settings.keys() | before.keys()) if trainer else ():
+    settings = json.loads(json.dumps(given, default=str))
+    before = resumed.get("settings", settings)
+    for name in sorted(settings.keys() | before.keys()):
         if before.get(name) != settings.get(name):
             print_once(f"note: --{name} was {before.get(name)!r}, and is now {settings.get(name)!r}")
     trainer = {"max_steps": config.max_steps, "data": dataset.fingerprint, "settings": settings}
@@ -394,7 +406,7 @@ def main(argv=None) -> None:
     if config.compile and device.type == "cuda":
         compile_parts(model)
     optimizer, ddp = make_optimizer(model, config)
-    if before:
+    if resumed:
         load_optimizer(checkpoint, model, optimizer)
     if RANK == 0:
         write_json(run_dir / "settings.json", settings)
@@ -407,15 +419,19 @@ def main(argv=None) -> None:
     start_running()
     bar = tqdm(total=config.max_steps * config.batch_size, initial=step * config.batch_size, unit="img",
                desc=f"stage {stage}", disable=RANK > 0, unit_scale=True, mininterval=0.5)
-    started, durations, losses, bad_steps, bad_in_a_row, stop = time.perf_counter(), [], [], 0, 0, False
+    started, stop = time.perf_counter(), False
+    durations, losses = [], []  # since the last line of the log
+    bad_steps = bad_in_a_row = 0
     if val_dataset and step == 0:
         evaluate(model, val_dataset, config, log, step)
     while step < config.max_steps and not stop:
         began = time.perf_counter()
         step_losses, norm = train_step(ddp, optimizer, batches, step, config)
-        bad_in_a_row = 0 if norm.isfinite() else bad_in_a_row + 1
-        bad_steps += bad_in_a_row > 0
-        losses += [] if bad_in_a_row else [{name: loss.item() for name, loss in step_losses.items()}]
+        if norm.isfinite():
+            losses.append({name: loss.item() for name, loss in step_losses.items()})
+            bad_in_a_row = 0
+        else:
+            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
         durations.append(time.perf_counter() - began)
         step += 1
         is_last, stop = step == config.max_steps, any(all_gather(bool(stop_signals)))

@@ -12,8 +12,9 @@ image flows through it. Beside its libraries it needs no other file.
     with torch.no_grad():
         c = model.embed(model.pixels("photo.jpg"))   # (1, 3, S, S) uint8 -> c, (1, N, D): (1, 77, 1024)
 
-Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model, C latent channels, T caption
-tokens. c is the caption embedding, what the UNet and the LLM read; ẑ lies in CLIP's token-embedding space.
+Shapes: B batch, S image side in pixels, N queries, D width of CLIP's text model, C latent channels, T tokens
+of a caption or of the prompt. c is the caption embedding, what the UNet and the LLM read; ẑ lies in CLIP's
+token-embedding space.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 transformers.logging.set_verbosity(verbosity)
 
 HERE = Path(__file__).parent
-Count = Annotated[int, 1, 10**9]  # from, to: what the commands' flags accept
+Count = Annotated[int, 1, 10**9]  # (type, least, greatest): what the commands' flags accept
 Pixels = Annotated[int, 1, 16384]
 
 
@@ -69,13 +70,14 @@ class VLVConfig:
     # by PIL's bilinear filter, then cropped.
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     encoder_image_size: Pixels = 768  # what Florence-2 gets; 384 is four times cheaper in DaViT
-    prompt: str = "Describe with a paragraph what is shown in the image."  # for <MORE_DETAILED_CAPTION>
+    # What Florence-2's processor makes of <MORE_DETAILED_CAPTION>
+    prompt: str = "Describe with a paragraph what is shown in the image."
     max_caption_tokens: Count = 300  # a longer caption is cut, and then not taught to end there
     # How captions end: with a learned token, or (the authors' weights) cut after the last full stop.
     caption_end: Literal["token", "full stop"] = "token"
     stage: Literal[1, 2] = 1  # the last stage of training: 1 reconstructs images, 2 also captions them
-    # The parts that each stage trains. Where stage 2 trains bart, the denoising loss stays on: without it the
-    # embedding would forget how to redraw the image.
+    # The parts that each stage trains. Where stage 2 trains one of the first three, the denoising loss stays
+    # on: without it c would forget how to redraw the image.
     stage1_trains: tuple[Literal["bart", "queries", "projection"], ...] = ("bart", "queries", "projection")
     stage2_trains: tuple[Literal["bart", "queries", "projection", "mlp", "llm"], ...] = ("bart", "mlp", "llm")
     stage2_denoises: bool = True  # false: the authors' recipe, which forgets how to redraw
@@ -88,8 +90,8 @@ class VLVConfig:
     @property
     def denoises(self) -> bool:
         """Whether this stage has the denoising loss."""
-        learns = bool({"bart", "queries", "projection"} & {*self.trains})
-        return self.stage == 1 or self.stage2_denoises and learns
+        moves_c = not {"bart", "queries", "projection"}.isdisjoint(self.trains)
+        return self.stage == 1 or (self.stage2_denoises and moves_c)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -99,8 +101,8 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def without_autocast(module: nn.Module):
-    """A module that is frozen as a whole runs in the precision of its weights: autocast would convert them at
-    each use."""
+    """A context for calling a module: without autocast if the module is frozen as a whole, as autocast would
+    convert its weights at each use."""
     device = next(module.parameters()).device
     return torch.autocast(device.type, enabled=False) if is_frozen(module) else nullcontext()
 
@@ -120,8 +122,8 @@ class Encoder(nn.Module):
         bart, width = florence.language_model, florence.config.text_config.d_model
         davit = {"tower": florence.vision_tower, "projector": florence.multi_modal_projector}
         self.davit = nn.ModuleDict(davit).requires_grad_(False)
-        # The prompt is constant, so its embeddings are, too, and BART's token table (52 M weights) can go.
-        self.task_embeds = nn.Parameter(bart.shared(prompt_ids).detach(), False)  # (1, T, width)
+        # (1, T, width). The prompt is constant, so BART's token table (52 M weights) can go.
+        self.task_embeds = nn.Parameter(bart.shared(prompt_ids).detach(), requires_grad=False)
         bart.encoder.embed_tokens = bart.decoder.embed_tokens = None
         self.bart = nn.ModuleDict({"encoder": bart.encoder, "decoder": bart.decoder})
         self.queries = nn.Embedding(config.num_queries, width)  # N(0, 1) at the start
@@ -129,7 +131,8 @@ class Encoder(nn.Module):
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, as Florence-2 has them
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.size, vision = config.encoder_image_size, florence.config.vision_config
+        self.size = config.encoder_image_size
+        vision = florence.config.vision_config
         side = math.ceil(self.size / math.prod(vision.patch_stride))  # in tokens
         tokens = side**2 + 1 + prompt_ids.shape[1]
         if side > vision.max_position_embeddings or tokens > bart.config.max_position_embeddings:
@@ -137,7 +140,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (B, 3, S, S) uint8 in [0, 255]. Returns ẑ, (B, N, D), in CLIP's token-embedding space.
-        Raises ValueError for anything else: floats in [0, 1] would pass for black pictures."""
+        Raises ValueError for other images: floats in [0, 1] would look black."""
         is_batch = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
         if images.dtype != torch.uint8 or not is_batch or images.numel() == 0:
             raise ValueError(f"images are {images.dtype} {[*images.shape]}, but must be uint8 (B, 3, S, S)")
@@ -150,7 +153,7 @@ class Encoder(nn.Module):
         return self.projection(z.last_hidden_state)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """DaViT: (B, 3, S, S) uint8 -> (B, 577, width), 24 x 24 tokens of 768 pixels, and their mean."""
+        """DaViT: (B, 3, S, S) uint8 -> (B, 577, width): the mean of 24 x 24 tokens, then the tokens."""
         with without_autocast(self.davit):
             pixels = self.preprocess(images).to(self.davit["projector"].image_projection.weight.dtype)
             return self.davit["projector"](self.davit["tower"](pixels).last_hidden_state)
@@ -159,7 +162,7 @@ class Encoder(nn.Module):
         """Florence-2's preprocessing, on the device: (B, 3, S, S) uint8 -> (B, 3, size, size) float32."""
         images = images.float()
         if images.shape[-1] != self.size:
-            for size in ((images.shape[-2], self.size), (self.size, self.size)):
+            for size in ((images.shape[-2], self.size), (self.size, self.size)):  # first the width
                 images = F.interpolate(images, size, mode="bicubic", antialias=True)
                 images = (images + 0.5).floor().clamp(0, 255)  # 8 bits after each pass, as in PIL
         return (images / 255 - self.image_mean) / self.image_std
@@ -169,13 +172,13 @@ class DiffusionDecoder(nn.Module):
     """The frozen text-to-image model: CLIP's text transformer, VAE and UNet. A pipeline without the latter
     two gives c, but neither denoising loss nor pictures."""
 
-    pipeline_arguments = {"requires_safety_checker": False}
+    pipeline_arguments = {"requires_safety_checker": False}  # of the pipeline's from_pretrained
 
     def __init__(self, config: VLVConfig, pipeline: StableDiffusionPipeline):
         super().__init__()
         self.pipeline, self.image_size = pipeline, config.image_size
         self.text_encoder, self.vae = pipeline.text_encoder, pipeline.vae
-        self.unet = pipeline.components.get("unet", pipeline.components.get("transformer"))  # of SD 3
+        self.unet = pipeline.components.get("unet", pipeline.components.get("transformer"))  # in SD 3
         self.requires_grad_(False)
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)  # for training
         self.num_timesteps = self.noise_schedule.config.num_train_timesteps
@@ -210,16 +213,18 @@ class DiffusionDecoder(nn.Module):
         float32 scalar. v-prediction and flow models have another target: see add_noise.
 
         images: (B, 3, S, S) uint8. c: (B, N, D). moments: encode_image(images), where it was computed ahead.
-        noise: of the posterior, (B, C, h, w), ε, of the same shape, and t, (B,) int64; None: drawn here.
+        noise: (the posterior's, (B, C, S / 8, S / 8); ε, of the same shape; t, (B,) int64); None: drawn here.
         """
         moments = self.encode_image(images) if moments is None else moments
-        posterior, vae = DiagonalGaussianDistribution(moments.float()), self.vae.config
+        posterior = DiagonalGaussianDistribution(moments.float())
         if noise is None:
             timesteps = self.draw_timesteps(len(c), c.device)
-            noise = *torch.randn(2, *posterior.mean.shape, device=c.device), timesteps
-        posterior_noise, epsilon, timesteps = noise
+            posterior_noise, epsilon = torch.randn(2, *posterior.mean.shape, device=c.device)
+        else:
+            posterior_noise, epsilon, timesteps = noise
         latents = posterior.mean + posterior.std * posterior_noise
-        latents = (latents - (vae.shift_factor or 0)) * vae.scaling_factor
+        vae = self.vae.config
+        latents = (latents - (vae.shift_factor or 0)) * vae.scaling_factor  # only SD 3 shifts
         noisy, target = self.add_noise(latents, epsilon, timesteps)
         with without_autocast(self.unet):
             dtype = self.unet.dtype
@@ -267,7 +272,8 @@ class DiffusionDecoder(nn.Module):
 
     def encode_prompt(self, texts: str | list[str]) -> torch.Tensor:
         """c of texts, (B, CLIP's positions, D), as the pipeline makes it."""
-        return self.pipeline.encode_prompt(texts, self.text_encoder.device, 1, False)[0]
+        return self.pipeline.encode_prompt(texts, self.text_encoder.device, num_images_per_prompt=1,
+                                           do_classifier_free_guidance=False)[0]
 
 
 class CaptionHead(nn.Module):
@@ -275,7 +281,7 @@ class CaptionHead(nn.Module):
 
     def __init__(self, config: VLVConfig, llm: nn.Module, tokenizer, embed_dim: int):
         super().__init__()
-        llm.generation_config = GenerationConfig()  # a chat's, such as its repetition penalty, are not ours
+        llm.generation_config = GenerationConfig()  # a chat model's would change captions
         self.llm, self.tokenizer = llm, tokenizer
         self.max_tokens, self.caption_end = config.max_caption_tokens, config.caption_end
         self.mlp = make_mlp(embed_dim, llm.get_input_embeddings().embedding_dim)
@@ -297,7 +303,8 @@ class CaptionHead(nn.Module):
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         prefix = self.mlp(c)  # (B, N, width)
         embeds = torch.cat([prefix, self.llm.get_input_embeddings()(ids).to(prefix.dtype)], 1)
-        predicting = torch.arange(prefix.shape[1] - 1, embeds.shape[1] - 1, device=device)  # the next token
+        # The positions whose next token is a caption's.
+        predicting = torch.arange(prefix.shape[1] - 1, embeds.shape[1] - 1, device=device)
         # No attention mask: the LLM is causal, so no token sees the padding on its right.
         logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=predicting).logits
         # (B T, vocabulary), in float32: a softmax along contiguous rows is several times faster.
@@ -306,7 +313,7 @@ class CaptionHead(nn.Module):
 
     @torch.no_grad()
     def generate(self, c: torch.Tensor, num_beams=4, max_new_tokens=None, **kwargs) -> list[str]:
-        """Returns B captions of c, (B, N, D). max_new_tokens: None: as many as were taught. kwargs: of
+        """Returns B captions of c, (B, N, D). max_new_tokens: None for as many as were taught. kwargs: of
         transformers' GenerationConfig, such as do_sample=True, num_beams=1, temperature=0.7."""
         prefix = self.mlp(c.to(next(self.mlp.parameters()).dtype)).to(self.llm.dtype)
         eos, is_cut = self.tokenizer.eos_token_id, self.caption_end == "full stop"
@@ -315,12 +322,12 @@ class CaptionHead(nn.Module):
         settings |= dict(eos_token_id=eos, pad_token_id=eos, max_new_tokens=max_new_tokens or self.max_tokens)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         ids = self.llm.generate(inputs_embeds=prefix, attention_mask=mask,
-                                generation_config=GenerationConfig(**settings | kwargs))
+                                generation_config=GenerationConfig(**(settings | kwargs)))
         return self.decode(ids)
 
     def decode(self, ids: torch.Tensor) -> list[str]:
-        """Token ids, (B, T) -> captions. One without an end is cut after its last full stop, if it has one,
-        and sentences that repeat an earlier one are dropped."""
+        """Token ids, (B, T) -> captions. Where no end was taught (caption_end "full stop"), a caption is cut
+        after its last full stop, and sentences that repeat an earlier one are dropped."""
         captions = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         if self.caption_end == "full stop":
             captions = [text[: text.rfind(".") + 1] or text for text in captions]
@@ -341,7 +348,7 @@ class VLV(nn.Module):
             raise ValueError(f"stage {config.stage} trains {min(unknown)}, but has only {', '.join(parts)}")
         for name in parts.keys() - {*config.trains}:  # DaViT and the decoder freeze themselves
             parts[name].requires_grad_(False)
-        self.kept = set()  # names of the weights that learn or have learned; see saved_state
+        self.kept = set()  # names of the weights that learn or have learned; see is_saved
         self.missing = []  # names of what its checkpoint holds and it does not
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -354,8 +361,6 @@ class VLV(nn.Module):
 
         images: (B, 3, S, S) uint8. captions: B texts, needed in stage 2. moments, noise: see denoising_loss.
         """
-        if self.config.stage == 2 and captions is None:
-            raise ValueError("stage 2 learns from captions: call forward(images, captions)")
         c, losses = self.embed(images), {}
         if self.config.denoises:
             losses["denoising_loss"] = self.decoder.denoising_loss(images, c, moments, noise)
@@ -377,9 +382,9 @@ class VLV(nn.Module):
         return self.encoder.task_embeds.device
 
     def pixels(self, pictures, fit: str = "crop") -> torch.Tensor:
-        """One picture or several, of any kind that to_pixels takes -> (B, 3, S, S) uint8 on the model's
-        device. Raises OSError, with its name, for one that cannot be read."""
-        pictures = [pictures] if is_one(pictures) else pictures
+        """A picture of any kind that to_pixels takes, or a list of them -> (B, 3, S, S) uint8 on the model's
+        device. Raises OSError, with its name, for a file that cannot be read."""
+        pictures = pictures if isinstance(pictures, list) else [pictures]
         size, resize = self.config.image_size, self.config.resize
         return torch.stack([to_pixels(picture, size, resize, fit) for picture in pictures]).to(self.device)
 
@@ -390,14 +395,14 @@ class VLV(nn.Module):
         if self.caption_head is None:
             raise ValueError("a stage-1 model writes no captions: train stage 2, or load such a checkpoint")
         captions = self.caption_head.generate(self.embed(self.pixels(pictures, fit)), **kwargs)
-        return captions[0] if is_one(pictures) else captions
+        return captions if isinstance(pictures, list) else captions[0]
 
     @torch.inference_mode()
     def reconstruct(self, pictures, fit: str = "crop", **kwargs):
-        """What is redrawn of a picture, a PIL image, or a list of them of several. kwargs: of
+        """Redraws a picture from its c: a PIL image; of a list of pictures a list. kwargs: of
         DiffusionDecoder.reconstruct."""
         drawn = self.decoder.reconstruct(self.embed(self.pixels(pictures, fit)), **kwargs)
-        return drawn[0] if is_one(pictures) else drawn
+        return drawn if isinstance(pictures, list) else drawn[0]
 
     # --- That was the paper. What follows loads, saves and reads pictures: a reader may stop here. ---------
 
@@ -419,9 +424,9 @@ class VLV(nn.Module):
         saved = load_config(folder) if folder else VLVConfig()
         config = dataclasses.replace(saved, **changes)
         weights = read_weights(folder)[0] if folder else {}
-        if config.prompt != saved.prompt:
+        if config.prompt != saved.prompt:  # the new one is embedded
             weights.pop("encoder.task_embeds", None)
-        if config.stage < saved.stage:
+        if config.stage < saved.stage:  # stage 1 has no caption head
             weights = {name: w for name, w in weights.items() if not name.startswith("caption_head.")}
         llm_folder = folder / "llm" if folder and (folder / "llm").is_dir() else None
         if llm_folder and config.stage == 2 and config.llm != saved.llm:
@@ -432,7 +437,7 @@ class VLV(nn.Module):
         florence = load(Florence2Model, config.encoder, dtype=master)
         prompt_ids = load(AutoTokenizer, config.encoder)(config.prompt, return_tensors="pt").input_ids
         encoder = Encoder(config, florence, prompt_ids, decoder.embed_dim).to(device)
-        encoder.davit.to(dtype)  # with its buffers; the LLM's stay exact
+        encoder.davit.to(dtype)  # with its buffers, which meet activations; the LLM's rotary ones stay exact
         if config.stage == 2:
             llm_dtype = master if llm_folder or "llm" in config.trains else dtype
             if llm_folder:  # its weights are in the checkpoint: it is built empty
@@ -446,7 +451,7 @@ class VLV(nn.Module):
         model = cls(config, encoder, decoder, caption_head)
         # 3. The learned weights.
         needed = ["encoder.queries.", "encoder.projection."] if folder else []
-        needed += ["caption_head.mlp."] if min(saved.stage, config.stage) == 2 else []
+        needed += ["caption_head.mlp."] if saved.stage == config.stage == 2 else []
         needed += ["caption_head.llm."] if llm_folder else []
         try:
             spare = ("decoder.",) if not with_unet and not for_training else ()
@@ -466,11 +471,12 @@ class VLV(nn.Module):
         for name in self.missing:
             if not name.startswith(spare):
                 raise ValueError(f"{name} has no place in this model")
-        for path, module in self.named_modules():
-            names = params.keys() & {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
-            absent = names - weights.keys()
-            if absent and "." in path and (absent < names or min(absent).startswith(needed)):
-                raise ValueError(f"{min(absent)} is missing")
+        held = {name.rpartition(".")[0] for name in weights}  # modules
+        for name in sorted(params.keys() - weights.keys()):
+            module = name.rpartition(".")[0]
+            # Of a part itself, as encoder, a new parameter may be missing.
+            if name.startswith(needed) or (module in held and "." in module):
+                raise ValueError(f"{name} is missing")
         for name, tensor in [*params.items(), *self.named_buffers()]:
             value = weights[name][...] if name in weights else tensor.data
             if value.shape != tensor.shape:
@@ -487,10 +493,11 @@ class VLV(nn.Module):
     def saved_state(self) -> dict[str, torch.Tensor]:
         """Name -> all that a checkpoint holds: parameters, tied ones once, and the buffers beside them."""
         state = {name: p.detach() for name, p in self.named_parameters() if self.is_saved(name, p)}
-        owners = {name.rpartition(".")[0] for name in state}
-        others = self.state_dict().keys() - dict(self.named_parameters(remove_duplicate=False)).keys()
-        is_beside = lambda name: name.rpartition(".")[0] in owners or not name.startswith(PRETRAINED)
-        state |= {name: self.get_buffer(name) for name in others if is_beside(name)}
+        modules, persistent = {name.rpartition(".")[0] for name in state}, self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            is_beside = name.rpartition(".")[0] in modules or not name.startswith(PRETRAINED)
+            if is_beside and name in persistent:
+                state[name] = buffer
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -503,8 +510,8 @@ class VLV(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder / "model.safetensors", state, metadata)
         shutil.rmtree(folder / "llm", ignore_errors=True)
-        head = [name for name, _ in self.named_parameters() if name.startswith("caption_head.llm.")]
-        if head and state.keys() >= {*head}:
+        of_llm = {name for name, _ in self.named_parameters() if name.startswith("caption_head.llm.")}
+        if of_llm and state.keys() >= of_llm:
             self.caption_head.llm.config.save_pretrained(folder / "llm")
             self.caption_head.tokenizer.save_pretrained(folder / "llm")
         (folder / "README.md").write_text(MODEL_CARD.format(**metadata), encoding="utf-8")
@@ -519,9 +526,9 @@ class VLV(nn.Module):
             return str(upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-PRETRAINED = ("encoder.davit.", "encoder.bart.", "decoder.", "caption_head.llm.")
-MODEL_CARD = """A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): what stage {stage} has learned. The
-rest of it is {encoder}, {diffusion_model} and, in stage 2, {llm}, whose licenses apply.
+PRETRAINED = ("encoder.davit.", "encoder.bart.", "decoder.", "caption_head.llm.")  # of pretrained models
+MODEL_CARD = """A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): what stage {stage} has learned.
+The rest of it is {encoder}, {diffusion_model} and, in stage 2, {llm}, whose licenses apply.
 
     VLV.from_pretrained("USER/NAME").reconstruct("photo.jpg")       # after stage 2 also .caption("photo.jpg")
 """
@@ -541,32 +548,34 @@ def find_folder(name: str | Path, file: str = "config.json") -> Path:
     raise OSError(f"{name} is no folder with a {file}; if it is a hub id, download it: hf download {name}")
 
 
-def load(cls, name: str | Path, file: str = "config.json", **kwargs):
-    """cls.from_pretrained of what find_folder finds. Raises OSError, also for weights that are missing."""
-    folder, is_model = find_folder(name, file), "dtype" in kwargs and file == "config.json"
-    kwargs |= {"output_loading_info": True} if is_model else {}
+def load(cls, name: str | Path, dtype: torch.dtype | None = None):
+    """transformers' cls.from_pretrained, without a download. dtype: of a network's weights; None: cls is of a
+    tokenizer or a configuration. Raises OSError, also for weights that are missing."""
+    folder = find_folder(name)
+    if dtype is None:
+        return cls.from_pretrained(folder, local_files_only=True)
     try:
-        loaded = cls.from_pretrained(folder, local_files_only=True, **kwargs)
-        if is_model and loaded[1]["missing_keys"]:  # transformers would make them up
-            raise ValueError(f"it has no weight {min(loaded[1]['missing_keys'])}")
-        return loaded[0] if is_model else loaded
-    except Exception as error:  # each library has errors of its own
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"cannot load {name} from {folder}: {type(error).__name__}: {reason}") from error
+        net, info = cls.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise OSError(f"the weights in {folder} cannot be read: {error}") from error
+    if info["missing_keys"]:  # transformers would make them up
+        raise OSError(f"{folder} has no weight {min(info['missing_keys'])}")
+    return net
 
 
 def load_decoder(config: VLVConfig, dtype: torch.dtype, with_unet=True) -> DiffusionDecoder:
     """The text-to-image model; without denoiser and VAE if only c is needed. Raises OSError, and ValueError
     for one of a kind that is not in DECODERS."""
-    name, file = config.diffusion_model, "model_index.json"
-    index = json.loads((find_folder(name, file) / file).read_text(encoding="utf-8"))
+    folder = find_folder(config.diffusion_model, "model_index.json")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = index["_class_name"]
     if kind not in DECODERS:
-        raise ValueError(f"{name} is a {kind}, and not one of {', '.join(DECODERS)}")
+        raise ValueError(f"{folder} is a {kind}, and not one of {', '.join(DECODERS)}")
     unused = {"safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"}
     unused |= set() if with_unet else {"vae", "unet", "transformer"}
-    arguments = dict.fromkeys(unused & index.keys()) | DECODERS[kind].pipeline_arguments
-    pipeline = load(getattr(diffusers, kind), name, file, dtype=dtype, low_cpu_mem_usage=False, **arguments)
+    arguments = dict.fromkeys(unused & index.keys()) | DECODERS[kind].pipeline_arguments  # None: not loaded
+    arguments |= dict(dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)  # True needs accelerate
+    pipeline = getattr(diffusers, kind).from_pretrained(folder, **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return DECODERS[kind](config, pipeline)
 
@@ -588,8 +597,8 @@ def load_config(folder: Path) -> VLVConfig:
 
 
 def read_weights(folder: Path, kind: str = "model") -> tuple[dict, dict]:
-    """Of all KIND*.safetensors files of a folder: ({name: what reads the tensor by [...]}, the configuration
-    that they were written with). Raises OSError."""
+    """Of all KIND*.safetensors files of a folder: ({name: a slice, which [...] reads}, the configuration that
+    they were written with). Raises OSError."""
     files, weights, config = sorted(folder.glob(f"{kind}*.safetensors")), {}, {}
     if not files:
         raise OSError(f"{folder} has no {kind}.safetensors")
@@ -623,16 +632,7 @@ def write_weights(file: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
 
 # --- pictures --------------------------------------------------------------------------------------------
 
-with suppress(ImportError):  # iPhones' pictures
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # profiles and comments may be large
-
-
-def is_one(pictures) -> bool:
-    """Whether this is one picture, and not several."""
-    return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 3) < 4
 
 
 def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") -> torch.Tensor:
@@ -646,7 +646,8 @@ def to_pixels(picture, size: int, resize: str = "bicubic", fit: str = "crop") ->
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     is_open = isinstance(picture, Image.Image)
-    image = to_rgb(picture.copy()) if is_open else open_image(picture, size if resize == "bicubic" else None)
+    draft = size if resize == "bicubic" else None  # the authors' pixels are of the whole picture
+    image = to_rgb(picture.copy()) if is_open else open_image(picture, draft)
     if fit == "pad":
         image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
     elif fit == "squash":
@@ -693,7 +694,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         low, high = values.min(), values.max()
         whites = [1] if values.dtype.kind == "f" and high <= 1 else [255, 4095, 65535]
         white = next((w for w in whites if high <= w), None)
-        if white is None or not low >= 0:
+        if white is None or not low >= 0:  # NaN, too
             raise ValueError(f"its values go from {low:g} to {high:g}: 0 to 1, or 8, 12 or 16 bits are known")
         image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     if image.has_transparency_data:

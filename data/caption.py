@@ -4,9 +4,9 @@ Captions whole data sets: tar shards, with any number of processes, through any 
     torchrun --nproc_per_node=8 data/caption.py data/laion/shards --ckpt out/stage2 --out captions
 
 For each shard there is one file in --out, complete or absent: 00000.jsonl, with a line {"image":
-"00000.tar/KEY", "caption": ...} for each image; of one that cannot be read the caption is null, and "error" says
-why. A killed call goes on by the same command, and has lost at most a shard a process. Each process captions
-shards of its own, in batches that are always the same images: so the captions are always the same.
+"00000.tar/KEY", "caption": ...} for each image; of one that cannot be read the caption is null, and "error"
+says why. A killed call goes on by the same command, and has lost at most a shard a process. Each process
+captions shards of its own, in batches that are always the same images: so the captions are always the same.
 """
 
 import io
@@ -14,7 +14,6 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,7 +91,8 @@ def caption_shard(args: CaptionConfig, model: VLV, dataset: ShardImages) -> list
 
 
 def generate(head: CaptionHead, c: torch.Tensor, num_beams: int, max_new_tokens: int) -> list[str]:
-    """See CaptionHead.generate. What is compiled runs eagerly here, as captions' lengths differ."""
+    """As CaptionHead.generate; without beams, on a GPU, by a recorded step. What is compiled runs eagerly
+    here, as captions' lengths differ."""
     llm, cache = head.llm, StaticCache(head.llm.config, max_cache_len=c.shape[1] + max_new_tokens)
     can_record = c.is_cuda and llm._can_compile_fullgraph and not getattr(llm.config, "alibi", False)
     with torch.compiler.set_stance("force_eager"):
@@ -119,19 +119,14 @@ def greedy_search(head: CaptionHead, prefix, cache: StaticCache, max_new_tokens:
     # Whether all have ended is asked now and then, as the answer is waited for.
     while len(ids) < max_new_tokens and not (len(ids) % 16 == 0 and (token == eos).all()):
         if prefix.is_cuda and len(ids) == 3:  # two steps have set up what is to be recorded
-            run = record(step, prefix.device)
+            run = record(step)
         else:
             run()
         ids.append(token.clone())
     return torch.cat(ids, 1)
 
 
-@lru_cache
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def record(step, device: torch.device):
+def record(step):
     """Runs a step, and returns what runs it again: a CUDA graph; or step, if it waits for values."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -144,7 +139,7 @@ def record(step, device: torch.device):
         return step
     graph = torch.cuda.CUDAGraph()
     # What is recorded is not run; other threads may go on meanwhile.
-    with torch.cuda.graph(graph, stream=recording_stream(device), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

@@ -48,7 +48,7 @@ def select_device(name: str) -> torch.device:
                          f" {torch.cuda.device_count()}): change --nproc_per_node, or add --device cpu")
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    elif LOCAL_WORLD_SIZE > 1:  # processes that each take every core slow each other down tenfold
+    elif LOCAL_WORLD_SIZE > 1:  # torchrun says one; all cores for each would slow all down tenfold
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD_SIZE))
     return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
 

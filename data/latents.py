@@ -5,9 +5,9 @@ Computes the moments of every image's latents ahead, so that training reads them
     torchrun --nproc_per_node=8 data/latents.py data/laion              # the same, on eight GPUs
 
 writes latents/000000.npy, ... beside the data, each (1,024 images, 2C, S / 8, S / 8) in half precision,
-complete or absent: 37 kB an image of 384 pixels (147 kB of SD 3). Mean and log-variance are kept, not a sample:
-each visit draws anew from the posterior. A killed run goes on by the same command. An image that cannot be read
-has no latents, and training skips and names it.
+complete or absent: 37 kB an image of 384 pixels (147 kB of SD 3). Mean and log-variance are kept, not a
+sample: each visit draws anew from the posterior. A killed run goes on by the same command. An image that
+cannot be read has no latents, and training skips and names it.
 """
 
 import io
@@ -56,7 +56,7 @@ def main(argv=None) -> None:
     side = config.image_size // decoder.pipeline.vae_scale_factor
     shape = (2 * decoder.vae.config.latent_channels, side, side)
 
-    skipped, size, files = 0, config.batch_size, {}  # of each file that is to be made the images
+    size, files = config.batch_size, {}  # of each file that is to be made the images
     for first in range(0, len(dataset), LATENTS_A_FILE)[RANK::WORLD_SIZE]:
         file = folder / f"{first // LATENTS_A_FILE:06d}.npy"
         if not file.exists():
@@ -71,13 +71,10 @@ def main(argv=None) -> None:
                 values = decoder.encode_image(torch.from_numpy(batch["images"]).to(device)).float()
                 values = values.clamp(-65504, 65504).half()  # what is too large would read as missing
                 moments[np.array(batch["indices"]) - indices[0]] = values.cpu().numpy()
-            skipped += len(batch["skipped"])
             for sentence in batch["skipped"]:
                 tqdm.write(f"not read: {sentence}")
         np.save(content, moments)
         write_atomically(file, lambda path: path.write_bytes(content.getvalue()))
-    if skipped:
-        print(f"note: {skipped:,} images could not be read, so training will skip them", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import posixpath
-import shutil
 import signal
 import tarfile
 import tempfile
@@ -28,7 +27,7 @@ from data.distributed import end_with_parent
 from data.settings import printable, read_json, write_json
 from vlv import to_pixels
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COMPANIONS = (".json", ".jsonl", ".html", ".npy", ".parquet")  # what may lie beside images
 INDEX_VERSION = 5
 LATENTS_A_FILE = 1024
@@ -97,8 +96,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
             hint = f"; fill it with: python {recipe}" if recipe.exists() else ""
             raise ValueError("; ".join([f"data folder {folder} holds no images", *self.problems]) + hint)
         if with_captions and not with_text:
-            kind = "its shards hold no KEY.txt" if found.shards else "no image has a NAME.txt beside it"
-            raise ValueError(f"data folder {folder} has no captions, which stage 2 needs: {kind}")
+            raise ValueError(f"data folder {folder} has no captions (KEY.txt), which stage 2 needs")
         self.index = np.memmap(index / "rows", np.int64, "r").reshape(-1, 5)
         self.texts = np.memmap(index / "texts", np.uint8, "r") if with_text else b""
         self.summary = f"{len(self):,} samples from {self.folder}, {with_text:,} of them with captions"
@@ -173,8 +171,8 @@ def check_apart(a: ImageTextDataset, b: ImageTextDataset) -> None:
 def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
     """The index of a folder's files with these captions, a folder with: rows, (n, 5) int64, the number of an
     image's file, its offset and size there (0, -1: all of it), and those of its caption in texts; and
-    about.json. It is made if there is none. Its name says what it is of, and it lies with the hub's files, as
-    data may lie where nothing can be written."""
+    about.json. It is made if there is none. Its name is a hash of what it is of, and it lies with the hub's
+    files, as data may lie where nothing can be written."""
     files, sources = found.shards or found.images, found.texts
     if captions and found.shards:
         sources = [Path(captions, path.relative_to(folder)).with_suffix(".jsonl") for path in files]
@@ -184,15 +182,12 @@ def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
     for path in [*files, *sources, *found.others]:
         state = path.stat() if path.exists() else None
         stamps.append(f"{path.absolute()} {state and (state.st_size, state.st_mtime_ns)}")
-    pair = Path(HF_HOME, "vlv", digest([folder.resolve(), captions and Path(captions).resolve()]))
-    index = pair / digest(stamps)
-    if (index / "about.json").exists():
+    home = Path(HF_HOME, "vlv")
+    index = home / digest(stamps)
+    if index.exists():
         return index
-    left_out = {"images are beside tar shards": found.images, "files are no tar shards": found.others}
-    if not found.shards:
-        stems = {path.with_suffix("") for path in files}
-        texts = [path for path in found.texts if path.with_suffix("") not in stems]
-        left_out = {"files are no images, nor their texts": found.others + texts}
+    left_out = {"files are neither images nor tar shards": found.others}
+    left_out["images are beside tar shards"] = found.images if found.shards else []
     count = min(os.cpu_count(), max(1, len(files)))
     with ProcessPoolExecutor(count, initializer=end_with_parent, initargs=(signal.SIGKILL,)) as pool:
         if found.shards:
@@ -202,13 +197,11 @@ def find_index(folder: Path, found: SimpleNamespace, captions: str) -> Path:
             lines = {Path(image).resolve(): text for image, text in lines} if captions else None
             entries = map(partial(index_image, lines=lines), files)
         entries = tqdm(entries, f"indexing {folder}", len(files), disable=len(files) < 10, unit=" files")
-        pair.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=pair))
+        home.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=home))
         write_index(unfinished, entries, left_out)
     with suppress(OSError):  # another process was faster
         os.rename(unfinished, index)
-    for old in {*pair.glob("[!t]*")} - {index}:  # from before the folder changed; tmp... is being written
-        shutil.rmtree(old, ignore_errors=True)
     return index
 
 
@@ -327,9 +320,9 @@ def find_latents(dataset: ImageTextDataset, model: str) -> Path:
     files = {folder / f"{number:06d}.npy" for number in range(-(-len(dataset) // LATENTS_A_FILE))}
     is_of_these = (folder / "settings.json").exists() and read_json(folder / "settings.json") == expected
     if not is_of_these or files - {*folder.iterdir()}:
-        state = "is not finished" if is_of_these else "has no latents of these images and settings"
-        raise ValueError(f"{folder} {state}; compute them with: python data/latents.py {dataset.folder}"
-                         f" --diffusion_model {model} --image_size {dataset.size} --resize {dataset.resize}")
+        raise ValueError(f"{folder} has not all latents of these images; compute them with: python"
+                         f" data/latents.py {dataset.folder} --diffusion_model {model} --image_size"
+                         f" {dataset.size} --resize {dataset.resize}")
     return folder
 
 

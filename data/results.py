@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data.distributed import RANK
@@ -69,7 +69,7 @@ class Log:
         return min(losses.keys() & checkpoints(self.run_dir).keys(), key=losses.get, default=None)
 
     def skip(self, sentences: list[str]) -> None:
-        """Names samples that could not be read, each once, on any process."""
+        """Names samples that could not be read, each once a process and start."""
         for sentence in sentences:
             if sentence not in self.skipped:
                 self.skipped.add(sentence)
@@ -97,23 +97,20 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     write_atomically(path, lambda file: image.save(file, "png"))
 
 
-def panel(rows: list[list], captions: list[str], heads: list[str] | None = None) -> Image.Image:
+def panel(rows: list[list], captions: list[str]) -> Image.Image:
     """A picture of rows of images, (3, S, S) uint8 tensors or PIL images of side S, each row over its
-    caption, with heads over the columns. Small images are enlarged pixel by pixel."""
+    caption. Small images are enlarged pixel by pixel."""
     to_array = lambda image: np.asarray(image.permute(1, 2, 0).cpu() if torch.is_tensor(image) else image)
     cells = np.stack([[to_array(image) for image in row] for row in rows])  # (rows, columns, S, S, 3)
     scale, columns = max(1, 192 // cells.shape[2]), cells.shape[1]
     cells = cells.repeat(scale, 2).repeat(scale, 3)
     texts = [textwrap.wrap(caption, max(10, columns * cells.shape[3] // 8)) for caption in captions]
-    above, below = 18 if heads else 0, 4 + 18 * max(map(len, texts))
+    below = 4 + 18 * max(map(len, texts))
     cells = np.pad(cells, ((0, 0), (0, 0), (0, below), (0, 4), (0, 0)), constant_values=255)
     sheet = Image.fromarray(np.vstack([np.hstack(row) for row in cells]))
-    sheet = ImageOps.expand(sheet, (0, above, 0, 0), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for column, head in enumerate(heads or []):
-        draw.text((column * cells.shape[3] + 4, 0), head, "black", font)
     for row, text in enumerate(texts, 1):
-        draw.text((4, above + row * cells.shape[2] - below), "\n".join(text), "black", font)
+        draw.text((4, row * cells.shape[2] - below), "\n".join(text), "black", font)
     return sheet
 
 

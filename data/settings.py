@@ -117,14 +117,11 @@ def read_settings(cls, argv, doc: str):
 
 
 def read_json(path: str | Path) -> dict:
-    """What a JSON file with an object holds. Raises ValueError, with its name, for anything else."""
+    """What a JSON file holds. Raises ValueError, with its name, if it cannot be read."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not an object")
-    return values
 
 
 def read_json_lines(path: Path) -> list:

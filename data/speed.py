@@ -1,13 +1,13 @@
 """
-Measures the GPUs at hand, with models of full size, random weights and synthetic images.
+Measures the GPUs at hand as train.py and data/caption.py use them: with train.py's flags, models of full
+size, random weights and synthetic images. Nothing is downloaded.
 
-    python data/speed.py                             # all rows on one GPU, what matters first
-    torchrun --nproc_per_node=8 data/speed.py        # on all GPUs together
-    python data/speed.py --rows stage1 captions      # some of them
-    python data/speed.py --quick                     # with the toy's models, anywhere: that each row runs
+    python data/speed.py --stage 1 --encoder_image_size 384 --latents
+    torchrun --nproc_per_node=8 data/speed.py --stage 2          # captions, too
+    python data/speed.py --stage 2 --config data/shapes/config.json --device cpu --micro_batch_size 2
 
-Prints each row, and adds it to speed.json. One that fails says so, and the others go on. Rates are of all
-processes together, dollars of the paper's number of images. Nothing is downloaded.
+Prints JSON. A step is a micro-batch on each GPU: nothing is accumulated. Rates are of all processes together,
+hours and dollars of the paper's number of images.
 """
 
 import importlib
@@ -15,9 +15,7 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import diffusers
 import numpy as np
@@ -30,31 +28,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from data.caption import generate
-from data.distributed import RANK, WORLD_SIZE, compile_parts, init_process_group, print_once, run_and_exit
+from data.distributed import WORLD_SIZE, compile_parts, init_process_group, print_once, run_and_exit
 from data.distributed import select_device, select_dtype
-from data.settings import read_json, read_settings, write_json
+from data.settings import read_json
 from vlv import DECODERS, VLV, CaptionHead, Encoder, VLVConfig
-
-ROWS = {  # train.py's flags beside the paper's recipe
-    "authors": "--stage 1 --precision fp32 --no-compile --gradient_checkpointing unet --micro_batch_size 32",
-    "stage1": "--stage 1",
-    "captions": "--stage 2",  # the LLM's tokens, and whole captions of 100 tokens
-    "stage2": "--stage 2",
-    "stage1-384-latents": "--stage 1 --encoder_image_size 384 --latents",
-    "stage2-384": "--stage 2 --encoder_image_size 384",
-    "stage1-384": "--stage 1 --encoder_image_size 384",
-    "stage1-eager": "--stage 1 --no-compile",
-    "stage2-eager": "--stage 2 --no-compile",
-}
-QUICK = f" --encoder_image_size 16 --micro_batch_size 2 --config {ROOT}/data/shapes/config.json"
-
-
-@dataclass
-class SpeedConfig:
-    rows: tuple[Literal[tuple(ROWS)], ...] = tuple(ROWS)
-    quick: bool = False  # tiny models, few repetitions
-    usd_per_gpu_hour: Annotated[float, 0, 1000] = 2.5
-    out: Path = Path("speed.json")
 
 
 def random_model(config: VLVConfig, dtype: torch.dtype, device: torch.device) -> VLV:
@@ -116,73 +93,60 @@ def seconds_of(function) -> float:
     return time.perf_counter() - start
 
 
-def measure_training(model: VLV, config: train.TrainConfig, steps: int) -> dict:
-    """Rate, hours of the whole stage, and memory of train.train_step."""
+def measure_training(model: VLV, config: train.TrainConfig) -> dict:
+    """Rate and FLOPs of train.train_step; hours and dollars of the whole stage."""
     flops = count_flops(model.train(), synthetic_batch(model, 1, config.latents), config)
     optimizer, ddp = train.make_optimizer(model, config)
     batches = itertools.repeat(synthetic_batch(model, config.micro_batch_size, config.latents))
     step = lambda: train.train_step(ddp, optimizer, batches, 0, config)
     starting = seconds_of(step) + seconds_of(step)  # kernels are compiled and chosen
-    rate = steps * config.batch_size / seconds_of(lambda: [step() for _ in range(steps)])
+    rate = 8 * config.batch_size / seconds_of(lambda: [step() for _ in range(8)])
     recipe = train.RECIPE[model.config.stage]
-    return {"images_per_second": rate, "tflop_per_image": flops / 1e12,
-            "tflop_per_second": rate * flops / 1e12, "seconds_to_start": starting, "hours": recipe["batch_size"] * recipe["max_steps"] / rate / 3600}
+    hours = recipe["batch_size"] * recipe["max_steps"] / rate / 3600
+    found = {"images_per_second": rate, "tflop_per_image": flops / 1e12,
+             "tflop_per_second": rate * flops / 1e12, "seconds_to_start": starting, "hours": hours}
+    if config.device == "cuda":
+        found["dollars"] = hours * WORLD_SIZE * config.usd_per_gpu_hour
+        found["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9  # at the peak
+    return found
 
 
 @torch.inference_mode()
-def measure_captions(model: VLV, config: train.TrainConfig, quick: bool) -> dict:
-    """Milliseconds a token of the LLM, by a recorded step and by transformers' generate; and captions/s."""
-    head, found = model.eval().caption_head.to(torch.bfloat16), {}
-    few, many = (2, 6) if quick else (20, 100)
+def measure_captions(model: VLV, config: train.TrainConfig, dtype: torch.dtype) -> dict:
+    """Of captions of 100 tokens: milliseconds a token of the LLM, by a recorded step and by transformers'
+    generate; and captions a second, as data/caption.py makes them."""
+    model.eval().fill({}, (), (), dtype, dtype)  # no float32 weights, as it loads them
+    head, found = model.caption_head, {}
     head.tokenizer.eos_token = head.tokenizer.decode(len(head.tokenizer) - 1)  # so no caption ends early
     ways = {"replayed": lambda c, n: generate(head, c, 1, n), "generate": lambda c, n: head.generate(c, 1, n)}
-    for count in (1, 2) if quick else (1, 64, 256):
+    for count in (1, 64, 256) if config.device == "cuda" else (1, 2):
         images = torch.from_numpy(synthetic_batch(model, count, False)["images"]).to(config.device)
-        embed = lambda: torch.cat([model.embed(eight) for eight in images.split(8)]).to(torch.bfloat16)
+        embed = lambda: torch.cat([model.embed(eight) for eight in images.split(8)])
         c = embed()
         for name, way in ways.items():
-            way(c, few)
-            seconds = seconds_of(lambda: way(c, many)) - seconds_of(lambda: way(c, few))
-            found[f"ms_a_token_{name}_{count}"] = 1000 * seconds / (many - few)
-    seconds = seconds_of(embed) + seconds_of(lambda: ways["replayed"](c, many))
-    return found | {"captions_per_second": count / seconds}
+            way(c, 20)
+            found[f"ms_a_token_{name}_{count}"] = 1000 * seconds_of(lambda: way(c, 100)) / 100
+    seconds = seconds_of(embed) + seconds_of(lambda: ways["replayed"](c, 100))
+    return found | {"captions_per_second": WORLD_SIZE * count / seconds}
 
 
-def measure(row: str, args: SpeedConfig, device: torch.device) -> dict:
-    """What is found of a row. Rates are without accumulation: a step is a micro-batch on each GPU."""
-    flags = f"{ROWS[row]} --batch_size {64 * WORLD_SIZE}" + QUICK * args.quick
-    config, of_model, _ = train.read_config(flags.split())
+def main(argv=None) -> None:
+    config, of_model, _ = train.read_config(argv)
     config.batch_size = WORLD_SIZE * config.micro_batch_size
+    device = select_device(config.device)
+    init_process_group(device)
     dtype = select_dtype(config.precision, device)
     config.device, config.precision = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
     model = random_model(VLVConfig(**of_model), dtype, device)
     train.checkpoint_activations(model, config)
     if config.compile and device.type == "cuda":
         compile_parts(model)
-    if row == "captions":
-        return measure_captions(model, config, args.quick)
-    return measure_training(model, config, 1 if args.quick else 8)
-
-
-def main(argv=None) -> int:
-    args, device = read_settings(SpeedConfig, argv, __doc__), select_device("auto")
-    init_process_group(device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    results = {"device": card, "processes": WORLD_SIZE, "torch": torch.__version__}
-    for row in args.rows:
-        try:
-            results[row] = measure(row, args, device)
-            if device.type == "cuda":
-                results[row]["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-                results[row]["dollars"] = results[row].get("hours", 0) * WORLD_SIZE * args.usd_per_gpu_hour
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-        except Exception as error:
-            results[row] = {"failed": f"{type(error).__name__}: {error}"[-500:]}
-        print_once(f"{row}: {json.dumps(results[row], indent=1)}")
-        if RANK == 0:
-            write_json(args.out, results)
-    return int(any("failed" in results[row] for row in args.rows))
+    found = {"device": card, "processes": WORLD_SIZE, "torch": torch.__version__}
+    found |= measure_training(model, config)
+    if model.caption_head:
+        found |= measure_captions(model, config, dtype)
+    print_once(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

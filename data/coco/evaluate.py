@@ -268,8 +268,7 @@ def summarize(args: EvaluateConfig, rows: list, shards: list[Path], captions, pe
     write_json(args.out / "results.json", dict(images=len(people), captions=scores, drawn=drawn))
     columns = [read_parts(args, row, shards[:1], "pictures") for row in rows]
     keys = [key for key, _, _ in read_shard(shards[0], images=False)][:SHOWN]
-    heads = [" ".join(str(part) for part in row if part) for row in rows]
-    sheet = panel([list(pictures) for pictures in zip(*columns)], [shown[key] for key in keys], heads)
+    sheet = panel([list(pictures) for pictures in zip(*columns)], [shown[key] for key in keys])
     write_atomically(args.out / "sheet.png", lambda path: sheet.save(path, "png"))
     print(f"results.json and sheet.png are in {args.out}")
 
