@@ -54,21 +54,13 @@ class SampleConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 
 
-def read_records(out: Path, overwrite: bool) -> dict[str, dict]:
-    """The lines of captions.jsonl by image; overwrite: none, and their pictures are removed. Raises
-    ValueError for a file of another program."""
-    path, keys = out / "captions.jsonl", ("image", "caption", "picture")
+def read_records(path: Path) -> dict[str, dict]:
+    """The lines of captions.jsonl by image. Raises ValueError for a file of another program."""
     try:
-        records = [{key: line[key] for key in keys} for line in read_json_lines(path)]
+        lines = read_json_lines(path)
+        records = [{key: line[key] for key in ("image", "caption", "picture")} for line in lines]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} was not written by this program: choose another --out") from None
-    if overwrite:
-        for record in records:
-            if record["picture"]:
-                (out / record["picture"]).unlink(missing_ok=True)
-        records = []
-    out.mkdir(parents=True, exist_ok=True)
-    write_lines(path, [json.dumps(record, ensure_ascii=False) for record in records])
     return {record["image"]: record for record in records}
 
 
@@ -105,11 +97,18 @@ def main(argv=None) -> int:
         raise ValueError(f"--captions_only needs no --mix, and a stage-2 checkpoint: {checkpoint} is none")
     if (args.mix and args.images) or (args.split is not None and not args.mix):
         raise ValueError("--mix names its two images itself, and --split is for --mix alone")
-    records = read_records(args.out, args.overwrite)
+    lines = args.out / "captions.jsonl"
+    records = read_records(lines)
     drawn = {(args.out / record["picture"]).resolve() for record in records.values() if record["picture"]}
     files, problems = find_images(args.images or [TOY.parent / "example.png"], drawn)
     dtype = select_dtype(args.precision, device, checkpoint)
     model = VLV.from_pretrained(checkpoint, dtype=dtype, device=device, with_unet=not args.captions_only)
+    if args.overwrite:  # nothing is removed before the model is there
+        records = {}
+        for picture in drawn:
+            picture.unlink(missing_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_lines(lines, [json.dumps(record, ensure_ascii=False) for record in records.values()])
     toy = "; the bundled toy knows nothing but small coloured shapes" if checkpoint == TOY else ""
     stage = model.config.stage
     tqdm.write(f"checkpoint {checkpoint}, stage {stage}, {dtype} on {device.type}{toy}", sys.stderr)
@@ -118,7 +117,8 @@ def main(argv=None) -> int:
     if done := sum(str(path.absolute()) in records for path in files):
         print(f"{done:,} were done before, by whatever checkpoint: --overwrite begins anew", file=sys.stderr)
     for paths in tqdm(todo, disable=len(todo) < 2, unit=" images"):
-        name, stem = " + ".join(str(path.absolute()) for path in paths), "+".join(path.stem for path in paths)
+        name = " + ".join(str(path.absolute()) for path in paths)
+        stem = "+".join(path.stem for path in paths)[:60]  # a file's name has at most 255 bytes
         name += f" at {args.split}" if args.split is not None else ""
         if name not in records:
             try:
@@ -139,7 +139,7 @@ def main(argv=None) -> int:
                     picture = f"{stem}-{number}.png"
                 panel([pictures], [""]).save(args.out / picture)
             records[name] = {"image": name, "caption": caption, "picture": picture}
-            append(args.out / "captions.jsonl", json.dumps(records[name], ensure_ascii=False))
+            append(lines, json.dumps(records[name], ensure_ascii=False))
         caption, beside = records[name]["caption"], paths[0].with_suffix(".txt")
         said = "(no caption: stage 1)" if caption is None else " ".join(caption.split())
         tqdm.write(f"{printable(' + '.join(map(str, paths)))}: {printable(said)}", sys.stdout)

@@ -699,6 +699,10 @@ CHANGES = {
     "a layer of CLIP": [("        self.embed_dim = self.text_encoder.config.hidden_size  # D\n",
                          "        self.embed_dim = self.text_encoder.config.hidden_size  # D\n"
                          "        self.text_encoder.encoder.layers[-1].requires_grad_(True)\n")],
+    "a frozen layer": [
+        ("        self.requires_grad_(False)\n",
+         "        self.post = nn.Linear(*[pipeline.text_encoder.config.hidden_size] * 2)\n        self.requires_grad_(False)\n"),
+        ("return clip.final_layer_norm(hidden)", "return self.post(clip.final_layer_norm(hidden).float())")],
     "another MLP": [("        self.mlp = make_mlp(embed_dim, llm.get_input_embeddings().embedding_dim)\n",
                      "        self.mlp = nn.TransformerEncoderLayer(embed_dim, 2, 64, batch_first=True)\n")],
     "LoRA": [("class CaptionHead(", LORA.lstrip("\n")), ("        self.llm, self.tokenizer = llm, tokenizer\n",
@@ -734,7 +738,7 @@ def test_what_a_reader_adds_is_trained_saved_and_loaded_over_two_generations(tin
             assert torch.equal(ours[1], theirs[1]) or "davit" in ours[0], ours[0]
     held, plain = weights(tmp_path / "2"), {name for name, _ in tiny_model(tiny, stage=2).named_parameters()}
     assert moved <= held.keys() and changed.VLV.from_pretrained(tmp_path / "2").caption([*batch["images"]], max_new_tokens=3)
-    assert (moved <= plain) == (change == "a layer of CLIP") and (tmp_path / "2" / "llm").exists() == (change != "LoRA")
+    assert (moved <= plain) == (change in ("a layer of CLIP", "a frozen layer")) and (tmp_path / "2" / "llm").exists() == (change != "LoRA")
     assert ("encoder.norm.running_mean" in held) == (change == "a bare parameter and a buffer")
     assert any(name.startswith("decoder.text_encoder.encoder.layers.1.") for name in held) == (change == "a layer of CLIP")
     if change == "an adapter":  # without the change in the code nothing is lost in silence
@@ -742,6 +746,8 @@ def test_what_a_reader_adds_is_trained_saved_and_loaded_over_two_generations(tin
         assert "encoder.adapter.bias has no place in this model" in said
     tiny_model(tiny).save_pretrained(tmp_path / "plain")
     assert changed.VLV.from_pretrained(tmp_path / "plain", stage=2)  # what is new may start from an older checkpoint
+    if change == "an adapter":  # but is nowhere used as it is
+        assert "encoder.adapter.bias is missing" in refusal(changed.VLV.from_pretrained, tmp_path / "plain", kind=ValueError)
 
 
 def test_a_model_that_was_loaded_without_what_its_checkpoint_holds_refuses_to_save(tiny, tmp_path):
@@ -1217,7 +1223,7 @@ def test_other_data_are_refused_and_what_an_older_version_left_can_be_started_fr
 def test_weights_that_learn_without_optimizer_state_are_refused(tiny, tmp_path):
     train_tiny(tiny, tmp_path, max_steps=2, stage1_trains=["queries"])
     said = refusal(train_tiny, tiny, tmp_path, resume=True, stage1_trains=["queries", "projection"])
-    assert "did not train encoder.projection.0.weight: it has no optimizer state of it" in said
+    assert "has no optimizer state of encoder.projection.0.weight, which was not trained" in said
     train_tiny(tiny, tmp_path / "fewer", max_steps=2)
     train_tiny(tiny, tmp_path / "fewer", resume=True, stage1_trains=["queries", "bart"])  # fewer: what is left fits
     assert newest(tmp_path / "fewer" / "stage1") == 4
@@ -1366,8 +1372,8 @@ def test_a_run_whose_data_cannot_be_read_ends_with_a_sentence_and_keeps_what_it_
 
 
 def test_what_validation_skips_is_named_and_counted_once_and_what_it_leaves_out_is_said(tiny, tmp_path, capsys):
-    tar_of(tmp_path / "val" / "0.tar", {"a.png": png(9), "b.png": b"junk", "c.png": png(99), "d.mp3": b""})
-    run = train_tiny(tiny, tmp_path, val_data=tmp_path / "val", eval_interval=1, max_steps=3, eval_pictures=0)
+    tar_of(tmp_path / "val" / "0.tar", {"b.png": b"junk", "a.png": png(9), "c.png": png(99), "d.mp3": b""})
+    run = train_tiny(tiny, tmp_path, val_data=tmp_path / "val", eval_interval=1, max_steps=3, eval_pictures=1)
     assert (run / "skipped.txt").read_text().count("0.tar:b.png: broken image") == 1
     assert [r["skipped"] for r in read_log(run) if "lr" in r][-1] == 1 and "0.tar:d.mp3" in capsys.readouterr().out
 
@@ -1519,13 +1525,13 @@ def test_latents_ahead_are_the_vaes_and_are_refused_for_other_images_and_setting
     np.testing.assert_allclose(batch["moments"], expected, rtol=2e-3, atol=2e-3)
     before = stamps()
     files[1].unlink()  # as a killed process leaves it
-    assert "has not all latents of these images; compute them with: python data/latents.py" in refusal(open_data)
+    assert "has not the latents of exactly these images; compute them with: python data/latents.py" in refusal(open_data)
     latents.main(arguments)
     assert len(files) == 3 and stamps()[::2] == before[::2] and stamps()[1][0] == before[1][0]
     for other in (dict(size=64), dict(model="sd_v"), dict(resize="bilinear")):
-        assert "has not all latents of these images" in refusal(open_data, **other)
+        assert "has not the latents of exactly these images" in refusal(open_data, **other)
     (data / "00.png").write_bytes(png(9))  # another picture by the same name
-    assert "not all latents of these" in refusal(train_tiny, tiny, tmp_path / "out", data=data, latents=True)
+    assert "has not the latents of exactly these" in refusal(train_tiny, tiny, tmp_path / "out", data=data, latents=True)
     assert re.search("was made with data .*remove that folder", refusal(latents.main, arguments))
 
 
@@ -1821,6 +1827,10 @@ def test_nothing_of_a_users_is_overwritten_and_no_photo_left_out_where_the_resul
         files = {str(path.relative_to(photos)) for path in photos.rglob("*.*")}
         assert files == {*drawn, *drawn.values(), "cat-2.png", "index.html", "captions.jsonl"}
         assert all(path.read_bytes() == data for path, data in originals.items())
+    broken = shutil.copytree(TOY, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    assert "cannot be read" in refusal(sample.main, quick("--overwrite", "--out", photos, "--ckpt", broken, photos))
+    assert all((photos / name).exists() for name in drawn.values()) and len(records_in(photos)) == len(drawn)
     for text in ('{"mine": 1}', '{"image": "a.png", "caption": "a"}\n', "mine\n"):
         (photos / "captions.jsonl").write_text(text)
         assert "was not written by this program" in refusal(sample.main, quick("--overwrite", "--out", photos))

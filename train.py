@@ -234,8 +234,8 @@ def evaluate(model: VLV, dataset: ImageTextDataset, config: TrainConfig, log: Lo
                 torch.manual_seed(start)
                 losses = model(*to_device(batch, config.device))
                 found += [{name: loss.item() for name, loss in losses.items()}] * count
-        if RANK == 0 and config.eval_pictures:
-            batch = dataset.__getitems__(indices[: config.eval_pictures])
+        batch = dataset.__getitems__(indices[: config.eval_pictures if RANK == 0 else 0])
+        if len(batch["images"]):
             images, captions = torch.from_numpy(batch["images"]), [""] * len(batch["images"])
             if model.caption_head:
                 both = zip(model.caption([*images]), batch["captions"])
@@ -342,7 +342,8 @@ def load_optimizer(checkpoint: Path, model: VLV, optimizer) -> None:
     for p in [p for group in optimizer.param_groups for p in group["params"]]:
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             if f"{names[p]}.{kind}" not in saved:
-                raise ValueError(f"{checkpoint} did not train {names[p]}: it has no optimizer state of it")
+                raise ValueError(f"{checkpoint} has no optimizer state of {names[p]}, which was not trained:"
+                                 f" start from it with --init_from, in another --out_dir")
             optimizer.state[p][kind] = saved[f"{names[p]}.{kind}"][...].to(p.device)
 
 

@@ -453,18 +453,19 @@ class VLV(nn.Module):
         needed = ["encoder.queries.", "encoder.projection."] if folder else []
         needed += ["caption_head.mlp."] if saved.stage == config.stage == 2 else []
         needed += ["caption_head.llm."] if llm_folder else []
+        is_whole = folder and saved.stage == config.stage and not for_training  # what is new is in it, too
         try:
             spare = ("decoder.",) if not with_unet and not for_training else ()
-            model.fill(weights, tuple(needed), spare, dtype, master)
+            model.fill(weights, tuple(needed), spare, dtype, master, is_whole)
         except ValueError as error:
             raise ValueError(f"the checkpoint {folder} does not fit: {error}") from error
         return model.eval()
 
-    def fill(self, weights: dict, needed: tuple, spare: tuple, dtype, master) -> None:
+    def fill(self, weights: dict, needed: tuple, spare: tuple, dtype, master, is_whole=False) -> None:
         """Gives each parameter its value in a checkpoint, by name, if it has one there; and its precision:
         master for what is saved, dtype for the rest. needed: beginnings of names that must be there; spare:
-        of those that need no place here. Raises ValueError for a shape that differs, a name without a place,
-        or a module that is there in part."""
+        of those that need no place here; is_whole: all that no pretrained model has must be there. Raises
+        ValueError for a shape that differs, a name without a place, or a module that is there in part."""
         params = dict(self.named_parameters())  # tied ones once
         self.kept = {name for name, p in params.items() if p.requires_grad} | weights.keys()
         self.missing = sorted(weights.keys() - self.state_dict().keys())
@@ -474,8 +475,9 @@ class VLV(nn.Module):
         held = {name.rpartition(".")[0] for name in weights}  # modules
         for name in sorted(params.keys() - weights.keys()):
             module = name.rpartition(".")[0]
-            # Of a part itself, as encoder, a new parameter may be missing.
-            if name.startswith(needed) or (module in held and "." in module):
+            is_new = not name.startswith((*PRETRAINED, "encoder.task_embeds"))
+            # To a part itself, as encoder, a parameter may be added, and trained from then on.
+            if name.startswith(needed) or (module in held and "." in module) or (is_new and is_whole):
                 raise ValueError(f"{name} is missing")
         for name, tensor in [*params.items(), *self.named_buffers()]:
             value = weights[name][...] if name in weights else tensor.data
@@ -509,6 +511,8 @@ class VLV(nn.Module):
         folder, state, metadata = Path(folder), self.saved_state(), dataclasses.asdict(self.config)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder / "model.safetensors", state, metadata)
+        for old in {*folder.glob("model*.safetensors")} - {folder / "model.safetensors"}:
+            old.unlink()
         shutil.rmtree(folder / "llm", ignore_errors=True)
         of_llm = {name for name, _ in self.named_parameters() if name.startswith("caption_head.llm.")}
         if of_llm and state.keys() >= of_llm:
@@ -526,7 +530,9 @@ class VLV(nn.Module):
             return str(upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-PRETRAINED = ("encoder.davit.", "encoder.bart.", "decoder.", "caption_head.llm.")  # of pretrained models
+# Beginnings of names that pretrained models bring: what has another is new.
+PRETRAINED = ("encoder.davit.", "encoder.bart.", "decoder.text_encoder", "decoder.vae.", "decoder.unet.",
+              "caption_head.llm.")
 MODEL_CARD = """A Vision-Language-Vision auto-encoder (VLV, arXiv 2507.07104): what stage {stage} has learned.
 The rest of it is {encoder}, {diffusion_model} and, in stage 2, {llm}, whose licenses apply.
 

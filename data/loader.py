@@ -320,7 +320,7 @@ def find_latents(dataset: ImageTextDataset, model: str) -> Path:
     files = {folder / f"{number:06d}.npy" for number in range(-(-len(dataset) // LATENTS_A_FILE))}
     is_of_these = (folder / "settings.json").exists() and read_json(folder / "settings.json") == expected
     if not is_of_these or files - {*folder.iterdir()}:
-        raise ValueError(f"{folder} has not all latents of these images; compute them with: python"
+        raise ValueError(f"{folder} has not the latents of exactly these images; compute them with: python"
                          f" data/latents.py {dataset.folder} --diffusion_model {model} --image_size"
                          f" {dataset.size} --resize {dataset.resize}")
     return folder
