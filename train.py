@@ -189,6 +189,15 @@ def checkpoint_activations(model: VLV, config: TrainConfig) -> None:
         model.caption_head.llm.activation_checkpointing_enable()
 
 
+def describe(model: VLV) -> str:
+    """A line for each part of the model, also those that were added: how much of it learns."""
+    counts = defaultdict(lambda: np.zeros(2, np.int64))
+    for name, p in model.named_parameters():
+        counts[".".join(name.split(".")[:2])] += p.numel(), p.numel() * p.requires_grad
+    return "\n".join(f"  {part:22} {count:>13,} parameters, {learning:>13,} of them learn"
+                     for part, (count, learning) in counts.items())
+
+
 # --- data -------------------------------------------------------------------------------------------------
 
 
@@ -295,19 +304,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def lock(folder: Path):
-    """Makes this process the one writer of a folder, until the file that this returns is closed. Raises
-    ValueError if another writer is alive."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder} belongs to a run that is alive: wait, or choose another") from None
-    except OSError as error:  # a file system without locks
-        tqdm.write(f"{folder} cannot be locked ({error}): take care that no second run writes into it")
-    shutil.rmtree(folder / "saving", ignore_errors=True)  # of a process that was killed
-    return file
+def load_optimizer(checkpoint: Path, model: VLV, optimizer) -> None:
+    """Reads this process's share of AdamW's state, whoever wrote it. Raises ValueError if some is missing."""
+    saved, names = read_weights(checkpoint, "optimizer")[0], {p: name for name, p in model.named_parameters()}
+    optimizer = getattr(optimizer, "optim", optimizer)
+    if not saved:  # no step was finite yet
+        return
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        for kind in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{names[p]}.{kind}" not in saved:
+                raise ValueError(f"{checkpoint} has no optimizer state of {names[p]}, which was not trained:"
+                                 f" start from it with --init_from, in another --out_dir")
+            optimizer.state[p][kind] = saved[f"{names[p]}.{kind}"][...].to(p.device)
 
 
 def find_start(run_dir: Path, config: TrainConfig, stage: int) -> tuple[Path | None, dict]:
@@ -333,30 +341,22 @@ def find_start(run_dir: Path, config: TrainConfig, stage: int) -> tuple[Path | N
     return checkpoint, {}
 
 
-def load_optimizer(checkpoint: Path, model: VLV, optimizer) -> None:
-    """Reads this process's share of AdamW's state, whoever wrote it. Raises ValueError if some is missing."""
-    saved, names = read_weights(checkpoint, "optimizer")[0], {p: name for name, p in model.named_parameters()}
-    optimizer = getattr(optimizer, "optim", optimizer)
-    if not saved:  # no step was finite yet
-        return
-    for p in [p for group in optimizer.param_groups for p in group["params"]]:
-        for kind in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{names[p]}.{kind}" not in saved:
-                raise ValueError(f"{checkpoint} has no optimizer state of {names[p]}, which was not trained:"
-                                 f" start from it with --init_from, in another --out_dir")
-            optimizer.state[p][kind] = saved[f"{names[p]}.{kind}"][...].to(p.device)
+def lock(folder: Path):
+    """Makes this process the one writer of a folder, until the file that this returns is closed. Raises
+    ValueError if another writer is alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder} belongs to a run that is alive: wait, or choose another") from None
+    except OSError as error:  # a file system without locks
+        tqdm.write(f"{folder} cannot be locked ({error}): take care that no second run writes into it")
+    shutil.rmtree(folder / "saving", ignore_errors=True)  # of a process that was killed
+    return file
 
 
 # --- a run ------------------------------------------------------------------------------------------------
-
-
-def describe(model: VLV) -> str:
-    """A line for each part of the model, also those that were added: how much of it learns."""
-    counts = defaultdict(lambda: np.zeros(2, np.int64))
-    for name, p in model.named_parameters():
-        counts[".".join(name.split(".")[:2])] += p.numel(), p.numel() * p.requires_grad
-    return "\n".join(f"  {part:22} {count:>13,} parameters, {learning:>13,} of them learn"
-                     for part, (count, learning) in counts.items())
 
 
 def main(argv=None) -> None:
