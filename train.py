@@ -5,8 +5,8 @@ Trains VLV. One loop, both stages: stage 1 learns to redraw images, stage 2 to c
     torchrun --nproc_per_node=8 train.py --stage 1                     # the paper's run, on one machine
     torchrun --nproc_per_node=8 train.py --stage 2 --resume            # go on where a killed run was
 
-A flag overrides the JSON file of --config, and both override the settings of the checkpoint that the run
-starts from, and the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2):
+A flag overrides the JSON file of --config, and both override the model's settings in the checkpoint that the
+run starts from, and the paper's recipe. A run writes into OUT_DIR/stage1 (or stage2):
 
     step-000100/                  a checkpoint, complete or absent; the last two and the best are kept
         config.json, model.safetensors, ...      for VLV.from_pretrained
@@ -94,14 +94,14 @@ RECIPE = {  # the paper's, by stage
 
 
 def read_config(argv) -> tuple[TrainConfig, dict, dict]:
-    """(the run's settings; those of the model that were given; all that were given). Raises ValueError."""
+    """(the run's settings; given ones of the model, and stage; all given but resume). Raises ValueError."""
     recipes = {name: f"{RECIPE[1][name]} in stage 1, {RECIPE[2][name]} in stage 2" for name in RECIPE[1]}
     given = {"stage": 1} | parse_with_file(argv, __doc__, TrainConfig, VLVConfig, defaults=recipes)
     of_run = given.keys() & {field.name for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**RECIPE[given["stage"]] | {name: given[name] for name in of_run})
+    config = TrainConfig(**(RECIPE[given["stage"]] | {name: given[name] for name in of_run}))
     share = config.batch_size // WORLD_SIZE
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 64 if given["stage"] == 1 else 8)
-    if not share or config.batch_size % (WORLD_SIZE * config.micro_batch_size):
+    if config.batch_size % (WORLD_SIZE * config.micro_batch_size):
         raise ValueError(f"batch_size {config.batch_size} does not divide into {WORLD_SIZE} processes and"
                          f" micro-batches of {config.micro_batch_size}: choose a multiple of their product")
     given.pop("resume", None)  # settings.json is a --config for another run
@@ -243,7 +243,7 @@ def evaluate(model: VLV, dataset: ImageTextDataset, config: TrainConfig, log: Lo
                 torch.manual_seed(start)
                 losses = model(*to_device(batch, config.device))
                 found += [{name: loss.item() for name, loss in losses.items()}] * count
-        batch = dataset.__getitems__(indices[: config.eval_pictures if RANK == 0 else 0])
+        batch = dataset.__getitems__(indices[: config.eval_pictures] if RANK == 0 else [])
         if len(batch["images"]):
             images, captions = torch.from_numpy(batch["images"]), [""] * len(batch["images"])
             if model.caption_head:
@@ -270,17 +270,17 @@ def mean_losses(found: list[dict]) -> dict[str, float]:
 def save_checkpoint(run_dir: Path, model: VLV, optimizer, trainer: dict, best: int | None) -> None:
     """Writes step-STEP, by all processes: the first writes the model, each its share of AdamW's state.
     trainer: what trainer.json says. best: the step whose checkpoint stays, beside the last two."""
-    folder, name = run_dir / "saving", f"optimizer-{RANK + 1:05d}-of-{WORLD_SIZE:05d}.safetensors"
+    folder, share = run_dir / "saving", f"optimizer-{RANK + 1:05d}-of-{WORLD_SIZE:05d}.safetensors"
     folder.mkdir(exist_ok=True)
     names = {p: name for name, p in model.named_parameters()}
     state = getattr(optimizer, "optim", optimizer).state  # of ZeroRedundancyOptimizer the share here
     state = {f"{names[p]}.{kind}": value for p, values in state.items() for kind, value in values.items()}
-    write_weights(folder / name, state, {})
-    sync(folder / name)
+    write_weights(folder / share, state, {})
+    sync(folder / share)
     if RANK == 0:
         model.save_pretrained(folder)
         write_json(folder / "trainer.json", trainer)
-    all_gather(None)  # all is there
+    all_gather(None)  # waits until every process has written its share
     if RANK == 0:
         for path in [*folder.rglob("*"), folder]:
             sync(path)
@@ -342,8 +342,8 @@ def find_start(run_dir: Path, config: TrainConfig, stage: int) -> tuple[Path | N
 
 
 def lock(folder: Path):
-    """Makes this process the one writer of a folder, until the file that this returns is closed. Raises
-    ValueError if another writer is alive."""
+    """Makes this process the one writer of a folder, until the file that this returns is closed, and clears
+    what a killed one was saving there. Raises ValueError if another writer is alive."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
     try:
@@ -369,7 +369,7 @@ def main(argv=None) -> None:
     config.device, config.precision = device.type, "bf16" if dtype == torch.bfloat16 else "fp32"
 
     # --- where it starts
-    locked = lock(run_dir) if RANK == 0 else None  # until it is closed
+    locked = lock(run_dir) if RANK == 0 else None  # an open file: closing it would end the lock
     checkpoint, resumed = from_first("start", lambda: find_start(run_dir, config, stage))
     step = resumed.get("step", 0)
     if stage == 2 and not resumed:
@@ -380,12 +380,12 @@ def main(argv=None) -> None:
         print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
     # --- data
-    from_first("index", lambda: open_data(config, model_config) and None)  # made once; then all find it
+    from_first("index", lambda: open_data(config, model_config) and None)  # writes the index; sends nothing
     dataset, val_dataset = open_data(config, model_config)
     if resumed and resumed["data"] != dataset.fingerprint:
         raise ValueError(f"{run_dir} was trained on other data than {config.data}: choose another --out_dir,"
                          f" and start from it with --init_from {checkpoint}")
-    settings = json.loads(json.dumps(given, default=str))
+    settings = json.loads(json.dumps(given, default=str))  # as trainer.json has them: lists, not tuples
     before = resumed.get("settings", settings)
     for name in sorted(settings.keys() | before.keys()):
         if before.get(name) != settings.get(name):
@@ -420,29 +420,29 @@ def main(argv=None) -> None:
     start_running()
     bar = tqdm(total=config.max_steps * config.batch_size, initial=step * config.batch_size, unit="img",
                desc=f"stage {stage}", disable=RANK > 0, unit_scale=True, mininterval=0.5)
-    started, stop = time.perf_counter(), False
+    run_began, stop = time.perf_counter(), False
     durations, losses = [], []  # since the last line of the log
     bad_steps = bad_in_a_row = 0
     if val_dataset and step == 0:
         evaluate(model, val_dataset, config, log, step)
     while step < config.max_steps and not stop:
-        began = time.perf_counter()
+        step_began = time.perf_counter()
         step_losses, norm = train_step(ddp, optimizer, batches, step, config)
         if norm.isfinite():
             losses.append({name: loss.item() for name, loss in step_losses.items()})
             bad_in_a_row = 0
         else:
             bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-        durations.append(time.perf_counter() - began)
+        durations.append(time.perf_counter() - step_began)
         step += 1
-        is_last, stop = step == config.max_steps, any(all_gather(bool(stop_signals)))
+        is_last, stop = (step == config.max_steps), any(all_gather(bool(stop_signals)))
         bar.update(config.batch_size)
         if bad_in_a_row == BAD_STEPS:
             sys.exit(f"error: the gradient was not finite {BAD_STEPS} steps in a row, up to step {step:,};"
                      f" the checkpoints in {run_dir} are good: look at data and learning rate")
         if step % config.log_interval == 0 or is_last:
             means, seconds = mean_losses(losses), sum(durations)
-            hours = (time.perf_counter() - started) / 3600  # since this start
+            hours = (time.perf_counter() - run_began) / 3600
             speed = {"images_per_second": len(durations) * config.batch_size / seconds,
                      "waiting_for_data": log.waited / seconds}
             if device.type == "cuda":
@@ -451,7 +451,7 @@ def main(argv=None) -> None:
                     skipped=sum(all_gather(len(log.skipped))), non_finite_steps=bad_steps)
             bar.set_postfix(loss=f"{means['loss']:.4f}", data=f"{speed['waiting_for_data']:.0%}")
             durations, losses, log.waited = [], [], 0.0
-        if step % config.save_interval == 0 or is_last or stop:
+        if step % config.save_interval == 0 or is_last or stop:  # first: a signal does not wait for pictures
             save_checkpoint(run_dir, model, optimizer, trainer | {"step": step}, log.best())
         if (step % config.eval_interval == 0 or is_last) and not stop:
             if val_dataset:

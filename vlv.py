@@ -90,7 +90,7 @@ class VLVConfig:
     @property
     def denoises(self) -> bool:
         """Whether this stage has the denoising loss."""
-        moves_c = not {"bart", "queries", "projection"}.isdisjoint(self.trains)
+        moves_c = bool({"bart", "queries", "projection"} & {*self.trains})
         return self.stage == 1 or (self.stage2_denoises and moves_c)
 
 
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         return self.projection(z.last_hidden_state)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """DaViT: (B, 3, S, S) uint8 -> (B, 577, width): the mean of 24 x 24 tokens, then the tokens."""
+        """DaViT: (B, 3, S, S) uint8 -> (B, 577, width) at 768 pixels: 24 x 24 tokens after their mean."""
         with without_autocast(self.davit):
             pixels = self.preprocess(images).to(self.davit["projector"].image_projection.weight.dtype)
             return self.davit["projector"](self.davit["tower"](pixels).last_hidden_state)
@@ -356,7 +356,7 @@ class VLV(nn.Module):
         return self.decoder.encode_text(self.encoder(images))
 
     def forward(self, images, captions: list[str] | None = None, moments=None, noise=None) -> dict:
-        """The losses of this stage by name, scalars; their sum is what is learned. It is `forward`, so that
+        """The losses of this stage by name, scalars; their sum is minimized. It is `forward`, so that
         DDP can wrap the model as it is.
 
         images: (B, 3, S, S) uint8. captions: B texts, needed in stage 2. moments, noise: see denoising_loss.
