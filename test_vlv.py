@@ -2152,12 +2152,12 @@ def test_what_is_fast_computes_the_same(tiny, tmp_path, stage, speedup, toleranc
 @pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_compiled_parts_compute_the_same_and_compile_once(tiny, batch, tmp_path, monkeypatch, backend):
     """Other lengths and validation compile nothing anew. The compiler's code for C++ or CUDA is left out in aot_eager; what
-    it is given is all there."""
+    it is given is all there. In float32 with that code: in bf16 it rounds less often than the plain version."""
 
     def gradients(model: VLV, text: str) -> dict:
         """Of four images with this caption; and the loss."""
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):  # as on a GPU
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend == "aot_eager"):
             loss = sum(model(batch["images"], [text] * 4, noise=noise_of(model, range(4))).values())
         loss.backward()
         return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in learned(model).items()}
