@@ -380,8 +380,9 @@ def main(argv=None) -> None:
         print_once(f"note: stage 1 has no caption head, so that of {checkpoint} is left out")
 
     # --- data
-    from_first("index", lambda: open_data(config, model_config) and None)  # writes the index; sends nothing
-    dataset, val_dataset = open_data(config, model_config)
+    opened = open_data(config, model_config) if RANK == 0 else None  # which writes the index, if there is none
+    from_first("index", lambda: None)
+    dataset, val_dataset = opened or open_data(config, model_config)
     if resumed and resumed["data"] != dataset.fingerprint:
         raise ValueError(f"{run_dir} was trained on other data than {config.data}: choose another --out_dir,"
                          f" and start from it with --init_from {checkpoint}")

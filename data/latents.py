@@ -45,8 +45,9 @@ def main(argv=None) -> None:
     device = select_device("auto")
     init_process_group(device)
     open_data = lambda: ImageTextDataset(config.data, config.image_size, resize=config.resize, replace=False)
-    from_first("the index is made", lambda: open_data() and None)
-    dataset, folder = open_data(), Path(config.data, "latents")
+    opened = open_data() if RANK == 0 else None  # which writes the index, if there is none
+    from_first("index", lambda: None)
+    dataset, folder = opened or open_data(), Path(config.data, "latents")
     for problem in dataset.problems:
         print_once(problem)
     about = describe_latents(dataset, config.diffusion_model)
